@@ -1,0 +1,1 @@
+"""What crosses a process border: wire types, errors, settings. Imports nothing of the other packages."""

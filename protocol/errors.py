@@ -1,0 +1,65 @@
+"""Every error Millrace raises on purpose, split by who has to act.
+
+MillraceError
+├── CallerError              the caller's mistake: never retried, the message names value, limit and way out
+│   ├── InvalidRequest       a Request that cannot be read or asks for something unknown; carries a `code`
+│   ├── ConfigurationError   settings, files or models that do not fit together
+│   ├── JobNotFound          no Job under that id or name
+│   └── StateLocked          another run holds the state folder
+└── Unavailable              the world's trouble: retried with backoff
+    ├── BrokerUnavailable    Redis does not answer
+    ├── DatabaseUnavailable  the SQL database does not answer
+    ├── EngineDied           the engine process ended without being asked to
+    └── LeaseLost            somebody else holds the Chunk by now; what was computed for it is dropped
+
+Anything else that is raised is our bug and is logged with its traceback.
+"""
+
+
+class MillraceError(Exception):
+    """Root of the tree."""
+
+
+class CallerError(MillraceError):
+    """The caller's mistake."""
+
+
+class InvalidRequest(CallerError):
+    """A Request that is refused; `code` is stable and lands in the error row beside the message."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class ConfigurationError(CallerError):
+    """Settings, files or models that do not fit together."""
+
+
+class JobNotFound(CallerError):
+    """No Job under that id or name."""
+
+
+class StateLocked(CallerError):
+    """Another run holds the state folder."""
+
+
+class Unavailable(MillraceError):
+    """The world's trouble."""
+
+
+class BrokerUnavailable(Unavailable):
+    """Redis does not answer."""
+
+
+class DatabaseUnavailable(Unavailable):
+    """The SQL database does not answer."""
+
+
+class EngineDied(Unavailable):
+    """The engine process ended without being asked to."""
+
+
+class LeaseLost(Unavailable):
+    """The Chunk belongs to another attempt by now."""

@@ -1,0 +1,117 @@
+"""What crosses the pipe between the Celery process and its engine process, and how it is framed.
+
+A frame is a 4-byte little-endian length and one msgpack body. The engine sends one StepFrame per step; the Celery
+process sends one Intake whenever it has something to say. Each side sees the other's death as end-of-file.
+"""
+
+import socket
+import struct
+from typing import Literal
+
+import msgspec
+
+_LENGTH = struct.Struct("<I")
+#: A frame larger than this is a bug, not data: 256 MiB holds more tokens than any KV cache.
+_MAX_FRAME_BYTES = 1 << 28
+
+
+class NewSequence(msgspec.Struct, frozen=True, array_like=True):
+    """One sample to generate. `token_ids` is little-endian int32; `seed` is set for every Sequence that draws."""
+
+    seq_id: int
+    token_ids: bytes
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    sample: int
+
+
+class Intake(msgspec.Struct, frozen=True, array_like=True, tag="intake"):
+    """To the engine: Sequences to add, and Sequences to finish with the number of output tokens to keep.
+
+    `finish(seq_id, 0)` is a cancel; a Sequence the engine no longer has is ignored.
+    """
+
+    add: list[NewSequence] = []
+    finish: list[tuple[int, int]] = []
+
+
+class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """From the engine, once, when the model is loaded. `kv_tokens` is the KV cache's capacity in tokens."""
+
+    fingerprint: str
+    max_model_len: int
+    kv_tokens: int
+    max_num_seqs: int
+    block_size: int
+    device: str
+    dtype: str
+    attention_backend: str
+    versions: dict[str, str]
+
+
+class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """From the engine instead of EngineReady: why it cannot start. `is_callers` means configuration, not a fault."""
+
+    message: str
+    is_callers: bool
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """From the engine after each step.
+
+    `seq_ids` (int64) and `token_ids` (int32) are parallel little-endian arrays, one new token each. `finished` holds
+    (seq_id, finish reason, number of output tokens): a stop token counts as an output token, though it has no text.
+    """
+
+    seq_ids: bytes
+    token_ids: bytes
+    finished: list[tuple[int, FinishReason, int]]
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_scheduled_tokens: int
+
+
+Frame = Intake | EngineReady | EngineFailed | StepFrame
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode: "msgspec.msgpack.Decoder[Frame]" = msgspec.msgpack.Decoder(Frame)
+
+
+def send_frame(sock: socket.socket, frame: Frame) -> None:
+    """Blocks until all is written. Raises OSError (BrokenPipeError among them) when the other side is gone."""
+    body = _encode(frame)
+    sock.sendall(_LENGTH.pack(len(body)) + body)
+
+
+def receive_frame(sock: socket.socket) -> Frame | None:
+    """The next frame; None at end-of-file, also when the other side died within a frame."""
+    header = _read_exactly(sock, _LENGTH.size)
+    if header is None:
+        return None
+    (length,) = _LENGTH.unpack(header)
+    if length > _MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes is over the limit of {_MAX_FRAME_BYTES}")
+    body = _read_exactly(sock, length)
+    return None if body is None else _decode.decode(body)
+
+
+def _read_exactly(sock: socket.socket, num_bytes: int) -> bytes | None:
+    buffer = bytearray(num_bytes)
+    view, filled = memoryview(buffer), 0
+    while filled < num_bytes:
+        try:
+            received = sock.recv_into(view[filled:])
+        except ConnectionResetError:
+            return None
+        if not received:
+            return None
+        filled += received
+    return bytes(buffer)

@@ -1,0 +1,94 @@
+"""Request and Result: one prompt with its parameters, and its stored outcome."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+import zstandard
+
+from protocol.sampling import ResolvedParams, SamplingParams
+
+#: Where a Request came from decides its output shape and, as at OpenAI, its default max_tokens.
+Endpoint = Literal["plain", "/v1/completions", "/v1/chat/completions"]
+Kind = Literal["generate"]
+
+#: zstd level of stored Chunks: 3 is the library's default and compresses JSON-like text at several hundred MB/s.
+_COMPRESSION_LEVEL = 3
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One chat message; content is text."""
+
+    role: str
+    content: str
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One prompt with its parameters. Exactly one of `prompt` and `messages` is set; `line` counts from 1."""
+
+    line: int
+    kind: Kind = "generate"
+    endpoint: Endpoint = "plain"
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = None
+    custom_id: str | None = None
+    params: SamplingParams = SamplingParams()
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why a Request has no answer: a stable code and a sentence for people."""
+
+    code: str
+    message: str
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model said for one sample; depends on nothing but the answer key."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """The stored outcome of one sample of a Request: exactly one of `answer` and `failure` is set."""
+
+    line: int
+    sample: int = 0
+    custom_id: str | None = None
+    endpoint: Endpoint = "plain"
+    answer: Answer | None = None
+    failure: Failure | None = None
+    is_cached: bool = False  # the answer was known or shared with an equal Request: nothing was computed for it
+    params: ResolvedParams | None = None  # None when the Request failed before its parameters were resolved
+    seconds: float = 0.0  # from claiming the Chunk to having the answer
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_requests = msgspec.msgpack.Decoder(list[Request]).decode
+
+
+def pack_requests(requests: Sequence[Request]) -> bytes:
+    """A Chunk's Requests as one compressed blob."""
+    return zstandard.compress(_encode(requests), _COMPRESSION_LEVEL)
+
+
+def unpack_requests(blob: bytes) -> list[Request]:
+    """The inverse of `pack_requests`."""
+    return _decode_requests(zstandard.decompress(blob))
+
+
+def answer_key(tenant: str, fingerprint: str, request: Request, params: ResolvedParams, sample: int) -> bytes:
+    """32 bytes that name an answer: equal keys have equal answers.
+
+    SHA-256 over everything that can change the answer. `n` only says how many samples there are, and all greedy
+    samples are the same one, so neither enters the key.
+    """
+    if not params.is_cacheable:
+        raise ValueError("an unseeded draw has no answer key")
+    parameters: list[Any] = [params.max_tokens, params.temperature, params.top_p, params.top_k, params.seed]
+    parameters += [params.stop, params.ignore_eos, 0 if params.is_greedy else sample]
+    content = [1, tenant, fingerprint, request.kind, request.prompt, request.messages, parameters]
+    return hashlib.sha256(_encode(content)).digest()
