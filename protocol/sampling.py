@@ -11,6 +11,8 @@ from protocol.errors import InvalidRequest
 MAX_SAMPLES = 128
 #: Stop strings per Request; OpenAI allows 4, vLLM any number. Each is searched in every new piece of text.
 MAX_STOP_STRINGS = 16
+#: Token counts cross to the engine and the database as 32-bit integers.
+MAX_TOKEN_COUNT = 2**31 - 1
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -33,10 +35,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def _checks(self) -> Iterator[tuple[str, object, bool, str]]:
         t, p, k, stop = self.temperature, self.top_p, self.top_k, self.stop
-        yield "max_tokens", self.max_tokens, (self.max_tokens or 0) >= 1, "at least 1"
+        limit = f"between 1 and {MAX_TOKEN_COUNT}"
+        yield "max_tokens", self.max_tokens, 1 <= (self.max_tokens or 0) <= MAX_TOKEN_COUNT, limit
         yield "temperature", t, t is not None and math.isfinite(t) and 0 <= t <= 2, "between 0 and 2"
         yield "top_p", p, p is not None and 0 < p <= 1, "above 0 and at most 1"
-        yield "top_k", k, k is not None and (k >= 1 or k in (0, -1)), "at least 1, or 0 or -1 for no limit"
+        yield "top_k", k, k is not None and -1 <= k <= MAX_TOKEN_COUNT, f"{limit}, or 0 or -1 for no limit"
         yield "seed", self.seed, self.seed is not None and -(2**63) <= self.seed < 2**63, "a signed 64-bit integer"
         yield "n", self.n, 1 <= (self.n or 0) <= MAX_SAMPLES, f"between 1 and {MAX_SAMPLES}"
         too_many = stop is not None and len(stop) > MAX_STOP_STRINGS
