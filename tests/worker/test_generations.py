@@ -1,0 +1,137 @@
+"""The registry of running generations, driven with frames as the engine sends them."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from protocol.frames import FinishReason, Intake, StepFrame
+from protocol.requests import Answer, Failure, Request
+from protocol.sampling import SamplingParams, resolve
+from worker.generations import Generation, Generations, Piece
+from worker.open_chunk import OpenChunk
+from worker.text import Tokenizer
+
+
+class Harness:
+    """Generations with both ends recorded: what was sent to the engine, and what was handed on as done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer(folder)
+        self.eos = cast("int", self.tokenizer.eos_token_id)
+        self.sent: list[Intake] = []
+        self.done: list[tuple[Generation, Answer | Failure]] = []
+        self.generations = Generations(
+            self.tokenizer, (self.eos,), self.sent.append, lambda g, outcome: self.done.append((g, outcome))
+        )
+        self.chunk = cast("OpenChunk", object())
+
+    def ids(self, text: str) -> list[int]:
+        (ids,) = self.tokenizer.encode([Request(line=1, prompt=text)])
+        assert isinstance(ids, list)
+        return ids
+
+    def piece(self, key: bytes | None, chunk: Any = None, **params: Any) -> Piece:
+        resolved = resolve(SamplingParams(**params), max_tokens=16)
+        return Piece(chunk or self.chunk, Request(line=1, prompt="the"), resolved, 0, key)
+
+    def step(self, *tokens: tuple[int, int], finished: list[tuple[int, FinishReason, int]] | None = None) -> None:
+        seq_ids = np.array([t[0] for t in tokens], dtype="<i8").tobytes()
+        token_ids = np.array([t[1] for t in tokens], dtype="<i4").tobytes()
+        self.generations.on_step(StepFrame(seq_ids, token_ids, finished or [], 1, 0, 1, len(tokens)))
+
+
+@pytest.fixture
+def harness(tokenizer_folder: Path) -> Harness:
+    return Harness(tokenizer_folder)
+
+
+def test_a_finished_sequence_becomes_text_without_its_stop_token(harness: Harness) -> None:
+    harness.generations.add([(harness.piece(b"k"), harness.ids("the"))], 100)
+    (sequence,) = harness.sent[0].add
+    tokens = [*harness.ids(" queue holds"), harness.eos]
+    for token in tokens[:-1]:
+        harness.step((sequence.seq_id, token))
+    harness.step((sequence.seq_id, harness.eos), finished=[(sequence.seq_id, "stop", len(tokens))])
+    ((_, answer),) = harness.done
+    assert answer == Answer(text=" queue holds", finish_reason="stop", prompt_tokens=1, completion_tokens=len(tokens))
+    assert (harness.generations.num_live, harness.generations.num_tokens) == (0, 0)
+
+
+def test_equal_requests_run_once_and_both_get_the_answer(harness: Harness) -> None:
+    first, second, third = (harness.piece(b"k") for _ in range(3))
+    harness.generations.add([(first, [5]), (second, [5])], 100)
+    assert harness.generations.join(third) is True
+    (sequence,) = harness.sent[0].add
+    harness.step((sequence.seq_id, 9), finished=[(sequence.seq_id, "length", 1)])
+    ((generation, _),) = harness.done
+    assert generation.waiters == [first, second, third]
+
+
+def test_an_answer_stays_joinable_until_it_is_committed(harness: Harness) -> None:
+    harness.generations.add([(harness.piece(b"k"), [5])], 100)
+    (sequence,) = harness.sent[0].add
+    harness.step((sequence.seq_id, 9), finished=[(sequence.seq_id, "length", 1)])
+    joined = harness.generations.join(harness.piece(b"k"))
+    assert isinstance(joined, Answer)
+    harness.generations.committed([b"k"])
+    assert harness.generations.join(harness.piece(b"k")) is False
+
+
+def test_a_stop_string_ends_the_sequence_in_the_engine_and_later_tokens_are_ignored(harness: Harness) -> None:
+    harness.generations.add([(harness.piece(None, stop=("hold",)), harness.ids("the"))], 100)
+    (sequence,) = harness.sent[0].add
+    tokens = harness.ids(" queue holds the")
+    for token in tokens:
+        harness.step((sequence.seq_id, token))
+    ((_, answer),) = harness.done
+    assert isinstance(answer, Answer)
+    assert (answer.text, answer.finish_reason) == (" queue ", "stop")
+    assert harness.sent[1:] == [Intake(finish=[(sequence.seq_id, answer.completion_tokens)])]
+    assert answer.completion_tokens < len(tokens)
+
+
+def test_a_new_engine_is_told_everything_again_and_outputs_start_over(harness: Harness) -> None:
+    harness.generations.add([(harness.piece(b"k"), [5]), (harness.piece(b"l"), [6])], 100)
+    one, two = harness.sent[0].add
+    harness.step((one.seq_id, 7), (two.seq_id, 8))
+    harness.generations.on_engine_death()
+    connected: list[bool] = []
+    harness.generations.resend(lambda: connected.append(True))
+    assert connected == [True]
+    assert harness.sent[-1].add == [one, two]
+    harness.step((one.seq_id, 7), finished=[(one.seq_id, "length", 1)])
+    ((_, answer),) = harness.done
+    assert isinstance(answer, Answer)
+    assert answer.completion_tokens == 1
+
+
+def test_a_generation_aboard_three_engine_deaths_fails_and_is_not_sent_again(harness: Harness) -> None:
+    harness.generations.add([(harness.piece(b"k"), [5])], 100)
+    for _ in range(3):
+        harness.generations.on_engine_death()
+    ((_, failure),) = harness.done
+    assert isinstance(failure, Failure)
+    assert failure.code == "engine_died"
+    harness.generations.resend(lambda: None)
+    assert len(harness.sent) == 1
+
+
+def test_abandoning_a_chunk_cancels_only_what_nobody_else_waits_for(harness: Harness) -> None:
+    mine, other = cast("OpenChunk", object()), cast("OpenChunk", object())
+    shared, alone = harness.piece(b"s", mine), harness.piece(b"a", mine)
+    harness.generations.add([(shared, [5]), (alone, [6])], 100)
+    assert harness.generations.join(harness.piece(b"s", other)) is True
+    running_shared, running_alone = harness.sent[0].add
+    harness.generations.abandon(mine)
+    assert harness.sent[1:] == [Intake(finish=[(running_alone.seq_id, 0)])]
+    harness.step((running_shared.seq_id, 9), finished=[(running_shared.seq_id, "length", 1)])
+    ((generation, _),) = harness.done
+    assert [w.chunk for w in generation.waiters] == [other]
+
+
+def test_the_context_bounds_the_tokens_promised(harness: Harness) -> None:
+    harness.generations.add([(harness.piece(None, max_tokens=500), [5] * 90)], 100)
+    assert harness.sent[0].add[0].max_tokens == 10
+    assert harness.generations.num_tokens == 100
