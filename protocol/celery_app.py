@@ -35,6 +35,11 @@ def make_app(settings: Settings) -> Celery:
         worker_enable_remote_control=True,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,  # for ever: the ledger keeps everything while Redis is away
+        # Results are stored from the worker's event loop: waiting long for an absent Redis would hold up all else.
+        result_backend_transport_options={
+            "retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5}
+        },
         broker_transport_options={"unacked_restore_interval": 1, "unacked_restore_throttle": 1},
     )
     return app
