@@ -1,0 +1,273 @@
+"""The life of Chunks in this worker: leased, prepared, computed, committed, given back.
+
+One thread takes Chunks in, from queue messages or straight from SQL, as long as there is token credit; one renews the
+leases; the committer and the engine link have their own.
+"""
+
+import logging
+import os
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import redis
+
+from protocol.errors import DatabaseUnavailable
+from protocol.frames import EngineReady
+from protocol.requests import Answer, Failure
+from protocol.settings import Settings
+from storage.answers import AnswerCache
+from storage.leases import Lease, claim, claim_oldest, release, renew
+from storage.ledger import Ledger
+from worker.committer import Committer
+from worker.defaults import read_model_defaults
+from worker.engine_link import EngineLink
+from worker.generations import Generation, Generations
+from worker.open_chunk import OpenChunk, Ticket
+from worker.preparation import Preparation, answered, failed
+from worker.text import Tokenizer
+
+logger = logging.getLogger("millrace.worker")
+
+#: How often an idle worker looks for Chunks in SQL, and how old an unclaimed Chunk must be before it is taken from
+#: there: its message may still be on the way.
+_IDLE_CLAIM_INTERVAL_S = 1.0
+_IDLE_CLAIM_AGE_S = 2.0
+_RETRY_S = 1.0
+#: Without a setting the intake holds what fills the KV cache this many times, and always this many full batches.
+_INTAKE_KV_CACHES = 2
+_INTAKE_BATCHES = 2
+
+
+class ChunkService:
+    """`on_credit` is called from any thread when `has_credit` may have changed; `on_fatal` when work cannot go on."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model_folder: Path,
+        *,
+        on_credit: Callable[[], None],
+        on_fatal: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._ledger = Ledger(settings.database_url)
+        self._cache = AnswerCache(
+            redis.Redis.from_url(settings.broker_url, socket_timeout=2.0, socket_connect_timeout=2.0),
+            settings.answers_ttl_seconds,
+            settings.answers_max_bytes,
+        )
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._on_credit = on_credit
+        self._tokenizer = Tokenizer(model_folder)
+        self._defaults = read_model_defaults(model_folder, self._tokenizer.eos_token_id)
+        self._committer = Committer(
+            self._ledger,
+            self._cache,
+            on_committed=lambda keys: self._generations.committed(keys),
+            on_finished=self._finish,
+            on_lost=self._drop,
+        )
+        self._generations = Generations(
+            self._tokenizer, self._defaults.stop_token_ids, lambda intake: self._link.send(intake), self._settle
+        )
+        self._link = EngineLink(
+            settings.engine,
+            settings.engine_start_seconds,
+            on_ready=self._generations.resend,
+            on_step=self._generations.on_step,
+            on_death=self._generations.on_engine_death,
+            on_fatal=on_fatal,
+        )
+        self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._open: dict[int, OpenChunk] = {}
+        self._open_lock = threading.Lock()
+        self._is_stopping = threading.Event()
+        self._has_room = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._take_in, name="intake", daemon=True),
+            threading.Thread(target=self._renew, name="renewal", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Blocks until the engine is ready. Raises ConfigurationError, EngineDied or DatabaseUnavailable."""
+        self._ledger.check_schema()
+        self.engine = self._link.start()
+        self._preparation = Preparation(
+            ledger=self._ledger,
+            cache=self._cache,
+            tokenizer=self._tokenizer,
+            defaults=self._defaults,
+            fingerprint=self.engine.fingerprint,
+            context_tokens=min(self.engine.max_model_len, self.engine.kv_tokens),
+            generations=self._generations,
+            committer=self._committer,
+        )
+        self._intake_tokens = self._settings.intake_tokens or _INTAKE_KV_CACHES * self.engine.kv_tokens
+        self._committer.start()
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Commits what is finished, gives the rest back, ends the engine. Chunks given back keep their Results."""
+        self._is_stopping.set()
+        self._tickets.put(None)
+        self._has_room.set()
+        for thread in self._threads:
+            thread.join()
+        self._link.stop()
+        self._committer.stop()
+        with self._open_lock:
+            left, self._open = self._open, {}
+        held = {chunk.lease.chunk_id: chunk.lease.attempt for chunk in left.values()}
+        if held:
+            try:
+                release(self._ledger, self.owner, held)
+            except DatabaseUnavailable as error:
+                logger.warning("%d leases are left to expire, the database is away: %s", len(held), error)
+        for chunk in left.values():
+            chunk.complete()
+        logger.info("stopped; %d unfinished chunks given back", len(held))
+        self._ledger.close()
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether another Chunk could start soon: counted in tokens, and never less than some full batches."""
+        is_short_of_batches = self._generations.num_live < _INTAKE_BATCHES * self.engine.max_num_seqs
+        return is_short_of_batches or self._generations.num_tokens < self._intake_tokens
+
+    def receive(self, ticket: Ticket) -> None:
+        """A chunk message has come in. Returns at once."""
+        self._tickets.put(ticket)
+
+    def info(self) -> dict[str, object]:
+        """Facts for `inspect stats`."""
+        ready: EngineReady = self.engine
+        return {
+            "model": self._settings.served_model,
+            "device": ready.device,
+            "dtype": ready.dtype,
+            "attention": ready.attention_backend,
+            "max_model_len": ready.max_model_len,
+            "kv_tokens": ready.kv_tokens,
+            "max_num_seqs": ready.max_num_seqs,
+            "versions": ready.versions,
+            "open_chunks": len(self._open),
+            "running": self._generations.num_live,
+        }
+
+    def _take_in(self) -> None:
+        next_look = 0.0
+        while not self._is_stopping.is_set():
+            if not self.has_credit:
+                self._has_room.wait(_RETRY_S)
+                self._has_room.clear()
+                continue
+            try:
+                ticket = self._tickets.get(timeout=_IDLE_CLAIM_INTERVAL_S)
+            except queue.Empty:
+                ticket = None
+            if self._is_stopping.is_set():
+                return
+            try:
+                if ticket is not None:
+                    self._claim(ticket)
+                elif time.monotonic() >= next_look and not self._claim_oldest():
+                    next_look = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
+            except DatabaseUnavailable as error:
+                logger.warning("the database is away, trying again: %s", error)
+                if ticket is not None:
+                    self._tickets.put(ticket)
+                self._is_stopping.wait(_RETRY_S)
+
+    def _claim(self, ticket: Ticket) -> None:
+        lease = claim(self._ledger, ticket.chunk_id, self.owner, self._settings.lease_seconds)
+        ticket.accept()
+        if lease is None:
+            ticket.complete("nothing to do: finished, cancelled, or leased by another worker")
+            return
+        self._work(lease, ticket)
+
+    def _claim_oldest(self) -> bool:
+        model, lease_s = self._settings.served_model, self._settings.lease_seconds
+        lease = claim_oldest(self._ledger, model, self.owner, lease_s, min_age_s=_IDLE_CLAIM_AGE_S)
+        if lease is None:
+            return False
+        logger.info(
+            "chunk %d of job %s taken from the ledger (attempt %d)", lease.chunk_id, lease.job_id, lease.attempt
+        )
+        self._work(lease, None)
+        return True
+
+    def _work(self, lease: Lease, ticket: Ticket | None) -> None:
+        chunk = OpenChunk(lease, ticket)
+        with self._open_lock:
+            earlier = self._open.get(lease.chunk_id)
+        if earlier is not None:
+            # Our own lease ran out unnoticed and we have just claimed it again: the old attempt is fenced off.
+            self._drop(earlier)
+        with self._open_lock:
+            self._open[lease.chunk_id] = chunk
+        try:
+            self._preparation.run(chunk)
+        except DatabaseUnavailable as error:
+            logger.warning("chunk %d is given up until its lease expires: %s", lease.chunk_id, error)
+            self._drop(chunk)
+        except Exception:
+            logger.exception("chunk %d could not be prepared", lease.chunk_id)
+            self._drop(chunk)
+        self._on_credit()
+
+    def _settle(self, generation: Generation, outcome: Answer | Failure) -> None:
+        """One generation is finished: a Result for everyone who waits for it."""
+        for i, piece in enumerate(generation.waiters):
+            if isinstance(outcome, Failure):
+                self._committer.put(
+                    piece.chunk, failed(piece.request, outcome, piece.params, piece.sample, piece.chunk)
+                )
+            else:
+                # The first to ask is the one it was computed for; only its row brings the new answer along.
+                result = answered(piece, outcome, is_cached=i > 0)
+                self._committer.put(piece.chunk, result, generation.key if i == 0 else None)
+        self._has_room.set()
+        self._on_credit()
+
+    def _finish(self, chunk: OpenChunk) -> None:
+        lease = chunk.lease
+        self._forget(chunk)
+        logger.info(
+            "chunk %d of job %s: %s, %d known, %.2f s",
+            lease.chunk_id, lease.job_id, chunk.outcome(), chunk.num_cached, chunk.seconds,
+        )  # fmt: skip
+        chunk.complete()
+
+    def _drop(self, chunk: OpenChunk) -> None:
+        logger.warning("chunk %d is no longer ours (attempt %d)", chunk.lease.chunk_id, chunk.lease.attempt)
+        self._forget(chunk)
+        self._generations.abandon(chunk)
+        chunk.complete()
+
+    def _forget(self, chunk: OpenChunk) -> None:
+        with self._open_lock:
+            if self._open.get(chunk.lease.chunk_id) is chunk:
+                del self._open[chunk.lease.chunk_id]
+
+    def _renew(self) -> None:
+        while not self._is_stopping.wait(self._settings.lease_seconds / 3):
+            with self._open_lock:
+                chunks = list(self._open.values())
+            held = {chunk.lease.chunk_id: chunk.lease.attempt for chunk in chunks}
+            if not held:
+                continue
+            try:
+                still: Iterable[int] = renew(self._ledger, self.owner, held, self._settings.lease_seconds)
+            except DatabaseUnavailable as error:
+                logger.warning("leases could not be renewed, trying again: %s", error)
+                continue
+            for chunk in chunks:
+                if chunk.lease.chunk_id not in still and chunk.num_owed:
+                    self._drop(chunk)

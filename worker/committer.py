@@ -1,0 +1,147 @@
+"""Group commit: Results of many Chunks land in one transaction, each fenced by its Chunk's lease."""
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from protocol.errors import DatabaseUnavailable
+from protocol.requests import Answer, Result
+from storage.answers import AnswerCache
+from storage.jobs import close_job_if_done
+from storage.ledger import Ledger
+from storage.results import ChunkCommit, commit
+from worker.open_chunk import OpenChunk
+
+logger = logging.getLogger("millrace.worker")
+T = TypeVar("T")
+
+#: Rows per transaction at most, and how long the first of them may wait for company: a commit costs a disk flush.
+_MAX_ROWS = 512
+_MAX_DELAY_S = 0.05
+#: Pauses between tries while the database is away.
+_RETRY_DELAYS_S = (0.1, 0.3, 1.0, 2.0, 5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    chunk: OpenChunk
+    result: Result | None  # None: the Chunk owes nothing and only has to be marked finished
+    key: bytes | None = None  # set with the answer that is new to the database
+    answer: Answer | None = None
+
+
+class Committer:
+    """One thread. `on_finished` gets Chunks that are done, `on_lost` those whose lease went to another attempt."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        cache: AnswerCache,
+        *,
+        on_committed: Callable[[Iterable[bytes]], None],
+        on_finished: Callable[[OpenChunk], None],
+        on_lost: Callable[[OpenChunk], None],
+    ) -> None:
+        self._ledger = ledger
+        self._cache = cache
+        self._on_committed, self._on_finished, self._on_lost = on_committed, on_finished, on_lost
+        self._rows: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
+        self._is_stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, chunk: OpenChunk, result: Result, key: bytes | None = None) -> None:
+        """`key` says that the Result's answer was computed just now and is to be kept."""
+        self._rows.put(_Row(chunk, result, key, result.answer if key is not None else None))
+
+    def finish(self, chunk: OpenChunk) -> None:
+        """A Chunk whose Results are all there already."""
+        self._rows.put(_Row(chunk, None))
+
+    def stop(self) -> None:
+        """Commits what was put, then ends; an absent database is not waited for any longer."""
+        self._is_stopping.set()
+        self._rows.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            rows, is_last = self._gather()
+            if rows:
+                try:
+                    self._commit(rows)
+                except DatabaseUnavailable as error:
+                    logger.error(
+                        "the database is away (%s): %d results are left to be computed again", error, len(rows)
+                    )
+                except Exception:
+                    # Whoever holds the lease next computes these rows; a dead committer would hold up all others.
+                    logger.exception("a commit failed: its Chunks are given up until their leases expire")
+                    for chunk in {row.chunk for row in rows}:
+                        self._on_lost(chunk)
+            if is_last:
+                return
+
+    def _gather(self) -> tuple[list[_Row], bool]:
+        first = self._rows.get()
+        if first is None:
+            return [], True
+        rows, until = [first], time.monotonic() + _MAX_DELAY_S
+        while len(rows) < _MAX_ROWS:
+            try:
+                row = self._rows.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if row is None:
+                return rows, True
+            rows.append(row)
+        return rows, False
+
+    def _commit(self, rows: list[_Row]) -> None:
+        by_chunk: dict[OpenChunk, list[_Row]] = {}
+        for row in rows:
+            by_chunk.setdefault(row.chunk, []).append(row)
+        commits: list[ChunkCommit] = []
+        answers: dict[bytes, Answer] = {}
+        for chunk, chunk_rows in by_chunk.items():
+            results = [row.result for row in chunk_rows if row.result is not None]
+            for result in results:
+                chunk.count(result)
+            new = {row.key: row.answer for row in chunk_rows if row.key is not None and row.answer is not None}
+            answers |= new
+            commits.append(
+                ChunkCommit(lease=chunk.lease, results=results, is_finished=chunk.num_owed == 0, answers=new)
+            )
+        lost = self._write(commits)
+        # The hot copy is filled before the keys stop being joinable: no moment in which an answer is nowhere.
+        self._cache.put_many(answers)
+        self._on_committed(answers)
+        for chunk in by_chunk:
+            if chunk.lease.chunk_id in lost:
+                self._on_lost(chunk)
+            elif chunk.num_owed == 0:
+                self._retry(partial(close_job_if_done, self._ledger, chunk.lease.job_id))
+                self._on_finished(chunk)
+
+    def _write(self, commits: list[ChunkCommit]) -> set[int]:
+        return self._retry(lambda: commit(self._ledger, commits))
+
+    def _retry(self, act: Callable[[], T]) -> T:
+        """Until it works, or until the worker stops: results are kept in memory while the database is away."""
+        delays = itertools.chain(_RETRY_DELAYS_S, itertools.repeat(_RETRY_DELAYS_S[-1]))
+        while True:
+            try:
+                return act()
+            except DatabaseUnavailable as error:
+                if self._is_stopping.is_set():
+                    raise
+                logger.warning("the database is away, trying again: %s", error)
+                self._is_stopping.wait(next(delays))

@@ -1,0 +1,55 @@
+"""Parameters with nothing left open: the Request's own, then its Job's, then the model's, then OpenAI's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from protocol.errors import ConfigurationError
+from protocol.requests import Request
+from protocol.sampling import ResolvedParams, SamplingParams, resolve
+
+#: OpenAI's default for /v1/completions, and vLLM's for a bare prompt; a chat answer may fill the context instead.
+_COMPLETION_MAX_TOKENS = 16
+
+
+class ModelDefaults(msgspec.Struct, frozen=True):
+    """What a model's `generation_config.json` asks for. `stop_token_ids` end an answer unless `ignore_eos` is set."""
+
+    params: SamplingParams
+    stop_token_ids: tuple[int, ...]
+
+    def resolve(self, request: Request, job_params: SamplingParams, context_tokens: int) -> ResolvedParams:
+        """Raises InvalidRequest when a parameter is out of range. `context_tokens` bounds an open-ended chat answer."""
+        params = request.params.over(job_params).over(self.params)
+        params.validate()
+        return resolve(params, max_tokens=context_tokens if request.messages is not None else _COMPLETION_MAX_TOKENS)
+
+
+def read_model_defaults(folder: Path, eos_token_id: int | None) -> ModelDefaults:
+    """Reads the file itself and not transformers' GenerationConfig, whose class defaults (top_k 50 among them) cannot
+    be told from what the model's author wrote. Raises ConfigurationError when it is not what it should be."""
+    path = folder / "generation_config.json"
+    values: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise ConfigurationError(f"{path} is not a JSON object: {error}") from error
+    params = SamplingParams(
+        max_tokens=values.get("max_new_tokens"),
+        temperature=0.0 if values.get("do_sample") is False else values.get("temperature"),
+        top_p=values.get("top_p"),
+        top_k=values.get("top_k"),
+    )
+    return ModelDefaults(params, _stop_token_ids(folder, values, eos_token_id))
+
+
+def _stop_token_ids(folder: Path, values: dict[str, Any], eos_token_id: int | None) -> tuple[int, ...]:
+    stated = values.get("eos_token_id")
+    if stated is None:
+        config = folder / "config.json"
+        stated = json.loads(config.read_bytes()).get("eos_token_id") if config.is_file() else None
+    ids = set(stated) if isinstance(stated, list) else {stated}
+    return tuple(sorted({i for i in ids | {eos_token_id} if i is not None}))

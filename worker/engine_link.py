@@ -1,0 +1,194 @@
+"""The engine process from the outside: started, spoken with over one socket, started again when it dies.
+
+The registry of running generations is the only memory of what the engine owes; a new engine gets all of it again.
+"""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from protocol.errors import ConfigurationError, EngineDied
+from protocol.frames import EngineFailed, EngineReady, Intake, StepFrame, receive_frame, send_frame
+from protocol.settings import EngineSettings
+
+logger = logging.getLogger("millrace.worker")
+
+#: Wait before the next start, by the number of starts that failed in a row: a driver needs a moment after a fault.
+_RESTART_DELAYS_S = (0.0, 0.5, 2.0, 5.0, 15.0)
+_STOP_GRACE_S = 5.0
+
+
+class EngineLink:
+    """Owns the process and its socket. `on_step` and `on_death` run in the link's own thread.
+
+    `on_ready` runs there too when a new engine has replaced a dead one. It gets a function that opens the way to the
+    new engine, to be called under whatever lock keeps others from sending before all that is owed has been sent.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        start_timeout_s: float,
+        *,
+        on_ready: Callable[[Callable[[], None]], None],
+        on_step: Callable[[StepFrame], None],
+        on_death: Callable[[], None],
+        on_fatal: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._start_timeout_s = start_timeout_s
+        self._on_ready, self._on_step, self._on_death, self._on_fatal = on_ready, on_step, on_death, on_fatal
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+        self._send_lock = threading.Lock()
+        self._is_stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> EngineReady:
+        """Blocks until the model is loaded. Raises ConfigurationError or EngineDied when it cannot be."""
+        ready, sock = self._launch()
+        self._fingerprint = ready.fingerprint
+        self._connect(sock)
+        self._thread.start()
+        return ready
+
+    def send(self, intake: Intake) -> None:
+        """Dropped when the engine is down: the next one is told everything by `on_ready`."""
+        with self._send_lock:
+            if self._socket is None:
+                return
+            try:
+                send_frame(self._socket, intake)
+            except OSError:
+                logger.debug("the engine went away while being spoken to")
+
+    def stop(self) -> None:
+        """Ends the engine: it sees end-of-file; one that does not heed it is killed."""
+        self._is_stopping.set()
+        self._close()
+        if self._thread.is_alive():
+            self._thread.join(_STOP_GRACE_S)
+
+    def _launch(self) -> tuple[EngineReady, socket.socket]:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "worker.engine.process", "--fd", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=self._environment()
+            )
+        try:
+            # The settings are the first bytes on the socket, so that nothing about the model is in the process list.
+            ours.sendall(_framed(msgspec.json.encode(self._settings)))
+            ours.settimeout(self._start_timeout_s)
+            frame = receive_frame(ours)
+        except TimeoutError:
+            self._reap()
+            raise EngineDied(
+                f"the model was not loaded within {self._start_timeout_s:.0f} s; raise MILLRACE_ENGINE_START_SECONDS"
+            ) from None
+        except OSError:
+            frame = None
+        if isinstance(frame, EngineReady):
+            ours.settimeout(None)
+            logger.info(
+                "engine ready: pid %d, %s, %s, attention %s, context %d tokens, KV cache %d tokens",
+                self._process.pid, frame.device, frame.dtype, frame.attention_backend, frame.max_model_len,
+                frame.kv_tokens,
+            )  # fmt: skip
+            return frame, ours
+        ours.close()
+        code = self._reap()
+        if isinstance(frame, EngineFailed):
+            raise (ConfigurationError if frame.is_callers else EngineDied)(frame.message)
+        raise EngineDied(f"the engine process ended with exit code {code} before it was ready; its log says why")
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def _run(self) -> None:
+        num_failed = 0
+        while True:
+            if self._read_until_end():
+                num_failed = 0
+            if self._is_stopping.is_set():
+                return
+            logger.error("the engine process ended with exit code %s; starting another", self._reap())
+            self._on_death()
+            while not self._restart(num_failed):
+                num_failed += 1
+                if self._is_stopping.is_set():
+                    return
+                if num_failed == len(_RESTART_DELAYS_S):
+                    self._on_fatal(f"the engine could not be started {num_failed} times in a row")
+                    return
+            num_failed += 1
+
+    def _read_until_end(self) -> bool:
+        """Hand on steps until end-of-file; True when there was at least one."""
+        sock, any_step = self._socket, False
+        while sock is not None:
+            try:
+                frame = receive_frame(sock)
+            except OSError:
+                frame = None
+            if frame is None:
+                break
+            if isinstance(frame, StepFrame):
+                any_step = True
+                self._on_step(frame)
+        self._close()
+        return any_step
+
+    def _restart(self, num_failed: int) -> bool:
+        if self._is_stopping.wait(_RESTART_DELAYS_S[num_failed]):
+            return False
+        try:
+            ready, sock = self._launch()
+        except (ConfigurationError, EngineDied) as error:
+            logger.error("the engine did not start: %s", error)
+            return False
+        if ready.fingerprint != self._fingerprint:
+            sock.close()
+            self._on_fatal("the model's files changed while it was being served; start the worker again")
+            return False
+        self._on_ready(lambda: self._connect(sock))
+        return True
+
+    def _connect(self, sock: socket.socket) -> None:
+        with self._send_lock:
+            self._socket = sock
+
+    def _close(self) -> None:
+        with self._send_lock:
+            if self._socket is not None:
+                try:
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    logger.debug("the engine's socket was closed already")
+                self._socket.close()
+                self._socket = None
+        if self._is_stopping.is_set():
+            self._reap()
+
+    def _reap(self) -> int | None:
+        if self._process is None:
+            return None
+        try:
+            return self._process.wait(_STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def _framed(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "little") + body

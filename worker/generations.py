@@ -1,0 +1,237 @@
+"""The registry of running generations: what the engine owes, and who waits for each of them.
+
+It is the worker's only memory of the engine's work, so an engine that dies is simply told everything again. It also
+makes equal Requests share one computation: whoever asks for a key that is running, or that is finished but not yet
+committed, joins it.
+"""
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from protocol.frames import Intake, NewSequence, StepFrame
+from protocol.requests import Answer, Failure, Request
+from protocol.sampling import ResolvedParams
+from worker.text import StopWatch, Tokenizer
+
+if TYPE_CHECKING:
+    from worker.open_chunk import OpenChunk
+
+logger = logging.getLogger("millrace.worker")
+
+#: Engine deaths a generation may be part of. The engine falls with everything that runs in it, so one death says
+#: little; three with the same generation aboard make it a suspect that must not take the others down for ever.
+_MAX_DEATHS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One sample that a Chunk waits for. `key` names its answer; None for a draw that cannot be repeated."""
+
+    chunk: "OpenChunk"
+    request: Request
+    params: ResolvedParams
+    sample: int
+    key: bytes | None
+
+
+@dataclass(slots=True)
+class Generation:
+    """One Sequence in the engine with everything known about it here."""
+
+    seq_id: int
+    prompt_ids: list[int]
+    params: ResolvedParams
+    max_tokens: int  # what the context leaves of params.max_tokens
+    stop_token_ids: tuple[int, ...]
+    sample: int
+    seed: int
+    key: bytes | None
+    waiters: list[Piece]  # all with this key
+    output_ids: list[int] = field(default_factory=list)
+    watch: StopWatch | None = None
+    num_deaths: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + self.max_tokens
+
+    def to_wire(self) -> NewSequence:
+        return NewSequence(
+            seq_id=self.seq_id,
+            token_ids=np.asarray(self.prompt_ids, dtype="<i4").tobytes(),
+            max_tokens=self.max_tokens,
+            stop_token_ids=self.stop_token_ids,
+            temperature=self.params.temperature,
+            top_p=self.params.top_p,
+            top_k=self.params.top_k,
+            seed=self.seed,
+            sample=self.sample,
+        )
+
+
+class Generations:
+    """Thread-safe. `send` reaches the engine; `on_done` gets every finished generation, outside the lock."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_token_ids: tuple[int, ...],
+        send: Callable[[Intake], None],
+        on_done: Callable[[Generation, Answer | Failure], None],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop_token_ids = stop_token_ids
+        self._send = send
+        self._on_done = on_done
+        self._lock = threading.RLock()
+        self._live: dict[int, Generation] = {}
+        self._by_key: dict[bytes, Generation] = {}
+        self._uncommitted: dict[bytes, Answer] = {}
+        self._next_seq_id = 1
+        self.num_tokens = 0  # promised to the engine and not finished: prompts and the outputs they may have
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def join(self, piece: Piece) -> Answer | bool:
+        """The Answer if it is finished but not yet committed; else whether an equal generation is running."""
+        with self._lock:
+            assert piece.key is not None
+            if (answer := self._uncommitted.get(piece.key)) is not None:
+                return answer
+            if (running := self._by_key.get(piece.key)) is None:
+                return False
+            running.waiters.append(piece)
+            return True
+
+    def add(self, pieces: Iterable[tuple[Piece, list[int]]], context_tokens: int) -> None:
+        """Start a generation for each (piece, prompt token ids); pieces with equal keys share one."""
+        added: list[Generation] = []
+        with self._lock:
+            for piece, prompt_ids in pieces:
+                if piece.key is not None and (twin := self._by_key.get(piece.key)) is not None:
+                    twin.waiters.append(piece)
+                    continue
+                generation = self._make(piece, prompt_ids, context_tokens)
+                added.append(generation)
+                self._live[generation.seq_id] = generation
+                self.num_tokens += generation.num_tokens
+                if piece.key is not None:
+                    self._by_key[piece.key] = generation
+            if added:
+                self._send(Intake(add=[g.to_wire() for g in added]))
+
+    def _make(self, piece: Piece, prompt_ids: list[int], context_tokens: int) -> Generation:
+        params = piece.params
+        self._next_seq_id += 1
+        return Generation(
+            seq_id=self._next_seq_id,
+            prompt_ids=prompt_ids,
+            params=params,
+            max_tokens=min(params.max_tokens, context_tokens - len(prompt_ids)),
+            stop_token_ids=() if params.ignore_eos else self._stop_token_ids,
+            sample=piece.sample,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            key=piece.key,
+            waiters=[piece],
+            watch=StopWatch(self._tokenizer, prompt_ids, params.stop) if params.stop else None,
+        )
+
+    def on_step(self, frame: StepFrame) -> None:
+        """Apply one step's tokens; finished generations leave the registry."""
+        done: list[tuple[Generation, Answer]] = []
+        cut: list[tuple[int, int]] = []
+        with self._lock:
+            seq_ids = np.frombuffer(frame.seq_ids, dtype="<i8").tolist()
+            for seq_id, token in zip(seq_ids, np.frombuffer(frame.token_ids, dtype="<i4").tolist(), strict=True):
+                generation = self._live.get(seq_id)
+                if generation is None:
+                    continue
+                generation.output_ids.append(token)
+                watch = generation.watch
+                if watch is not None and token not in generation.stop_token_ids and watch.push(token):
+                    cut.append((seq_id, len(generation.output_ids)))
+                    done.append((generation, self._answer(generation, "stop", watch.text)))
+                    self._remove(generation)
+            for seq_id, reason, num_tokens in frame.finished:
+                if (generation := self._live.get(seq_id)) is None:
+                    continue
+                del generation.output_ids[num_tokens:]
+                has_stop_token = reason == "stop" and generation.output_ids[-1] in generation.stop_token_ids
+                shown = generation.output_ids[:-1] if has_stop_token else generation.output_ids
+                text = self._tokenizer.decode(generation.prompt_ids, shown)
+                done.append((generation, self._answer(generation, reason, text)))
+                self._remove(generation)
+            for generation, answer in done:
+                if generation.key is not None:
+                    self._uncommitted[generation.key] = answer
+        if cut:
+            self._send(Intake(finish=cut))
+        for generation, answer in done:
+            self._on_done(generation, answer)
+
+    def committed(self, keys: Iterable[bytes]) -> None:
+        """These answers can be found in the database from now on."""
+        with self._lock:
+            for key in keys:
+                self._uncommitted.pop(key, None)
+
+    def resend(self, connect: Callable[[], None]) -> None:
+        """Tell a new engine everything; outputs start again, and come out the same where they are repeatable.
+
+        `connect` opens the way to it under the lock, so that no Sequence is sent twice.
+        """
+        with self._lock:
+            connect()
+            for generation in self._live.values():
+                generation.output_ids.clear()
+                if generation.watch is not None:
+                    generation.watch = StopWatch(self._tokenizer, generation.prompt_ids, generation.params.stop)
+            if self._live:
+                self._send(Intake(add=[g.to_wire() for g in self._live.values()]))
+
+    def on_engine_death(self) -> None:
+        """Count the death; what has been part of too many ends as a failure."""
+        failed: list[Generation] = []
+        with self._lock:
+            for generation in list(self._live.values()):
+                generation.num_deaths += 1
+                if generation.num_deaths >= _MAX_DEATHS:
+                    failed.append(generation)
+                    self._remove(generation)
+        for generation in failed:
+            message = f"the engine died {_MAX_DEATHS} times while this Request was running in it"
+            self._on_done(generation, Failure("engine_died", message))
+
+    def abandon(self, chunk: "OpenChunk") -> None:
+        """The Chunk is no longer ours: generations that nobody else waits for are cancelled."""
+        cancelled: list[tuple[int, int]] = []
+        with self._lock:
+            for generation in list(self._live.values()):
+                generation.waiters = [w for w in generation.waiters if w.chunk is not chunk]
+                if not generation.waiters:
+                    cancelled.append((generation.seq_id, 0))
+                    self._remove(generation)
+        if cancelled:
+            self._send(Intake(finish=cancelled))
+
+    def _answer(self, generation: Generation, reason: str, text: str) -> Answer:
+        return Answer(
+            text=text,
+            finish_reason="stop" if reason == "stop" else "length",
+            prompt_tokens=len(generation.prompt_ids),
+            completion_tokens=len(generation.output_ids),
+        )
+
+    def _remove(self, generation: Generation) -> None:
+        del self._live[generation.seq_id]
+        self.num_tokens -= generation.num_tokens
+        if generation.key is not None:
+            del self._by_key[generation.key]

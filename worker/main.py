@@ -1,0 +1,88 @@
+"""A worker process: Celery's consumer in the main thread, the Chunks' life beside it, the engine in a child."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from protocol.celery_app import bulk_queue, make_app
+from protocol.settings import PARENT_FD_VARIABLE, Settings
+from worker.chunk_service import ChunkService
+from worker.engine.model_files import resolve_folder
+from worker.pool import EnginePool, register_tasks
+
+logger = logging.getLogger("millrace.worker")
+
+#: Chunk messages that may wait unclaimed in this process. Claimed ones are acked and bounded by token credit instead.
+_PREFETCH = 4
+#: An orderly stop that takes longer than this after the parent's death is cut short.
+_ORPHAN_GRACE_S = 20.0
+
+
+def run_worker(settings: Settings) -> int:
+    """Blocks until SIGTERM, SIGINT or the parent's death; the exit code says whether work had to be given up.
+
+    Raises MillraceError when the worker cannot start: settings, schema, model or engine.
+    """
+    _log_to_stderr(settings.log_level)
+    settings.check_topology()
+    app = make_app(settings)
+    fatal: list[str] = []
+
+    def give_up(message: str) -> None:
+        logger.critical("%s", message)
+        fatal.append(message)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    service = ChunkService(
+        settings,
+        resolve_folder(settings.engine.model, settings.engine.revision),
+        on_credit=lambda: worker.pool.credit_changed(),
+        on_fatal=give_up,
+    )
+    outcomes: dict[str, str] = {}
+    register_tasks(app, outcomes)
+    app.millrace_service, app.millrace_outcomes = service, outcomes
+    app.millrace_consumer = lambda: worker.consumer
+    # Made before the engine starts, since the service's threads speak to the pool; it consumes only once started.
+    worker: Any = app.Worker(
+        pool_cls=EnginePool,
+        concurrency=_PREFETCH,
+        prefetch_multiplier=1,
+        queues=[bulk_queue(settings.served_model)],
+        hostname=f"{settings.served_model}@{service.owner.replace(':', '-')}",
+        loglevel=settings.log_level,
+        quiet=True,
+        optimization="fair",
+    )
+    _follow_parent()
+    service.start()
+    worker.start()
+    logger.info("worker ended")
+    return 1 if fatal else int(worker.exitcode or 0)
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # Celery's tracer times only itself, since the engine is done when it runs; the worker logs Chunks with true times.
+    logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
+    logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
+
+
+def _follow_parent() -> None:
+    """Stop in order when the descriptor that a supervising parent keeps open reaches end-of-file."""
+    descriptor = os.environ.get(PARENT_FD_VARIABLE)
+    if descriptor is None:
+        return
+
+    def watch() -> None:
+        while os.read(int(descriptor), 1):
+            pass
+        logger.warning("the parent is gone: stopping")
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(_ORPHAN_GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

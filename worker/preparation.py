@@ -1,0 +1,154 @@
+"""From a leased Chunk to generations: parameters resolved, known answers found, prompts tokenized, misfits refused."""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from protocol.errors import InvalidRequest
+from protocol.requests import Answer, Failure, Request, Result, answer_key
+from protocol.sampling import ResolvedParams
+from storage.answers import AnswerCache, find_answers
+from storage.ledger import Ledger
+from worker.committer import Committer
+from worker.defaults import ModelDefaults
+from worker.generations import Generations, Piece
+from worker.open_chunk import OpenChunk
+from worker.text import Tokenizer
+
+logger = logging.getLogger("millrace.worker")
+
+
+class Preparation:
+    """Runs in one thread. `context_tokens` is the longest prompt and output together that the engine can hold."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        cache: AnswerCache,
+        tokenizer: Tokenizer,
+        defaults: ModelDefaults,
+        fingerprint: str,
+        context_tokens: int,
+        generations: Generations,
+        committer: Committer,
+    ) -> None:
+        self._ledger = ledger
+        self._cache = cache
+        self._tokenizer = tokenizer
+        self._defaults = defaults
+        self._fingerprint = fingerprint
+        self._context_tokens = context_tokens
+        self._generations = generations
+        self._committer = committer
+
+    def run(self, chunk: OpenChunk) -> None:
+        """Afterwards every Result the Chunk owes is on its way. Raises DatabaseUnavailable."""
+        pieces, failures = self._pieces(chunk)
+        chunk.num_owed = len(pieces) + len(failures)
+        if not chunk.num_owed:
+            self._committer.finish(chunk)
+            return
+        for request, failure in failures:
+            self._committer.put(chunk, failed(request, failure, None, 0, chunk))
+        unknown = self._serve_known(pieces)
+        self._start(unknown)
+
+    def _pieces(self, chunk: OpenChunk) -> tuple[list[Piece], list[tuple[Request, Failure]]]:
+        lease = chunk.lease
+        pieces: list[Piece] = []
+        failures: list[tuple[Request, Failure]] = []
+        for request in lease.requests:
+            try:
+                params = self._defaults.resolve(request, lease.job_params, self._context_tokens)
+            except InvalidRequest as error:
+                if (request.line, 0) not in lease.done:
+                    failures.append((request, Failure(error.code, error.message)))
+                continue
+            for sample in range(params.n):
+                if (request.line, sample) not in lease.done:
+                    pieces.append(Piece(chunk, request, params, sample, self._key(chunk, request, params, sample)))
+        return pieces, failures
+
+    def _key(self, chunk: OpenChunk, request: Request, params: ResolvedParams, sample: int) -> bytes | None:
+        if not params.is_cacheable:
+            return None
+        return answer_key(chunk.lease.tenant, self._fingerprint, request, params, sample)
+
+    def _serve_known(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Commits what is known and joins what is running; the rest comes back.
+
+        Running generations are asked first: one that ends meanwhile stays joinable until its answer can be found in
+        the database, so that no moment is left in which an answer is nowhere.
+        """
+        unknown: list[Piece] = []
+        lookups: dict[bytes, list[Piece]] = {}
+        for piece in pieces:
+            if piece.key is None:
+                unknown.append(piece)
+            elif (joined := self._generations.join(piece)) is False:
+                lookups.setdefault(piece.key, []).append(piece)
+            elif isinstance(joined, Answer):
+                self._commit_known(piece, joined)
+        answers = self._cache.get_many(list(lookups))
+        answers |= find_answers(self._ledger, [key for key in lookups if key not in answers])
+        for key, twins in lookups.items():
+            if (answer := answers.get(key)) is None:
+                unknown.extend(twins)
+            else:
+                for piece in twins:
+                    self._commit_known(piece, answer)
+        return unknown
+
+    def _commit_known(self, piece: Piece, answer: Answer) -> None:
+        self._committer.put(piece.chunk, answered(piece, answer, is_cached=True))
+
+    def _start(self, pieces: Iterable[Piece]) -> None:
+        """Tokenizes each Request once, also when it has several samples."""
+        pieces = list(pieces)
+        requests = {id(piece.request): piece.request for piece in pieces}
+        encoded = dict(zip(requests, self._tokenizer.encode(list(requests.values())), strict=True))
+        ready: list[tuple[Piece, list[int]]] = []
+        for piece in pieces:
+            ids = encoded[id(piece.request)]
+            if not isinstance(ids, Failure) and len(ids) >= self._context_tokens:
+                ids = self._too_long(len(ids))
+            if not isinstance(ids, Failure):
+                ready.append((piece, ids))
+            else:
+                result = failed(piece.request, ids, piece.params, piece.sample, piece.chunk)
+                self._committer.put(piece.chunk, result)
+        self._generations.add(ready, self._context_tokens)
+
+    def _too_long(self, num_tokens: int) -> Failure:
+        limit = self._context_tokens
+        return Failure(
+            "prompt_too_long",
+            f"the prompt has {num_tokens} tokens; this engine holds {limit} of prompt and answer together, so at most "
+            f"{limit - 1} of prompt. Shorten the prompt, or serve the model with a larger "
+            "MILLRACE_ENGINE_MAX_MODEL_LEN or MILLRACE_ENGINE_KV_TOKENS where its configuration allows it",
+        )
+
+
+def answered(piece: Piece, answer: Answer, *, is_cached: bool) -> Result:
+    return Result(
+        line=piece.request.line,
+        sample=piece.sample,
+        custom_id=piece.request.custom_id,
+        endpoint=piece.request.endpoint,
+        answer=answer,
+        is_cached=is_cached,
+        params=piece.params,
+        seconds=piece.chunk.seconds,
+    )
+
+
+def failed(request: Request, failure: Failure, params: ResolvedParams | None, sample: int, chunk: OpenChunk) -> Result:
+    return Result(
+        line=request.line,
+        sample=sample,
+        custom_id=request.custom_id,
+        endpoint=request.endpoint,
+        failure=failure,
+        params=params,
+        seconds=chunk.seconds,
+    )
