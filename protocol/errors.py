@@ -5,7 +5,8 @@ MillraceError
 │   ├── InvalidRequest       a Request that cannot be read or asks for something unknown; carries a `code`
 │   ├── ConfigurationError   settings, files or models that do not fit together
 │   ├── JobNotFound          no Job under that id or name
-│   └── StateLocked          another run holds the state folder
+│   ├── StateLocked          another run holds the state folder
+│   └── SubmissionConflict   the Job got these lines from somebody else, or takes no more
 └── Unavailable              the world's trouble: retried with backoff
     ├── BrokerUnavailable    Redis does not answer
     ├── DatabaseUnavailable  the SQL database does not answer
@@ -43,6 +44,10 @@ class JobNotFound(CallerError):
 
 class StateLocked(CallerError):
     """Another run holds the state folder."""
+
+
+class SubmissionConflict(CallerError):
+    """The Job got these lines from somebody else, or takes no more."""
 
 
 class Unavailable(MillraceError):
