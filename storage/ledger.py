@@ -1,0 +1,185 @@
+"""Ledger: the SQL database as one object. Owns the engine, transactions, retries and the translation of SQL errors.
+
+Knows the schema's version but nothing of Jobs, Chunks or Results.
+"""
+
+import random
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, exc, make_url
+from sqlalchemy.dialects import postgresql, sqlite
+
+from protocol.errors import ConfigurationError, DatabaseUnavailable, MillraceError
+from storage import schema
+
+T = TypeVar("T")
+
+#: Milliseconds SQLite waits for another process's write transaction, which takes a few of them.
+_BUSY_TIMEOUT_MS = 30_000
+#: Seconds PostgreSQL may take to accept a connection.
+_CONNECT_TIMEOUT_S = 10
+#: Seconds before each new try of a transaction that lost its connection or a deadlock. A longer outage is left to the
+#: caller, who knows whether anybody is waiting.
+_RETRY_DELAYS_S = (0.05, 0.2, 1.0)
+#: SQLite result codes that no retry helps: PERM, READONLY, CANTOPEN, AUTH, NOTADB.
+_SQLITE_MISCONFIGURED = {3, 8, 14, 23, 26}
+#: SQLite result codes of the world's trouble: BUSY, LOCKED, NOMEM, IOERR, FULL, PROTOCOL.
+_SQLITE_TROUBLE = {5, 6, 7, 10, 13, 15}
+
+
+class Ledger:
+    """A database of Jobs, Chunks, Results and answers. Thread-safe; not to be carried across a fork."""
+
+    def __init__(self, url: str) -> None:
+        """Connects to nothing yet. Raises ConfigurationError for a URL that names no usable database."""
+        try:
+            self.url = make_url(url)
+            self._engine = _make_engine(self.url)
+        except (exc.ArgumentError, exc.NoSuchModuleError) as error:
+            raise ConfigurationError(
+                "the database URL cannot be read: it must look like sqlite:///path/to/file.db or "
+                "postgresql+psycopg://user:password@host/name"
+            ) from error
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"the driver {error.name} for {self._shown_url} is not installed: pip install 'millrace[postgres]'"
+            ) from error
+        self._writer = self._engine.execution_options(is_write=True)
+
+    def migrate(self) -> None:
+        """Create the schema or bring it to this version. Safe when several processes do it at once.
+
+        Raises ConfigurationError for a path that cannot be written or a schema newer than this Millrace, and
+        DatabaseUnavailable.
+        """
+        if self._file is not None:
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"cannot create the folder {self._file.parent} for the database: {error.strerror}"
+                ) from error
+        self.write(lambda connection: schema.migrate(connection, self._shown_url))
+
+    def check_schema(self) -> None:
+        """Raises ConfigurationError unless the schema is exactly this version's, and DatabaseUnavailable."""
+        if self._file is not None and not self._file.exists():
+            # Connecting would create an empty file in whatever folder this happens to be.
+            raise ConfigurationError(f"there is no database at {self._file}: create it with `millrace migrate`")
+        self.read(lambda connection: schema.check(connection, self._shown_url))
+
+    def read(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a transaction that only reads. Raises DatabaseUnavailable."""
+        return self._transact(self._engine, work)
+
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a transaction and commit it. Raises DatabaseUnavailable.
+
+        `work` runs again when the connection or a deadlock was lost, also when the COMMIT itself may have landed: it
+        must find out for itself what is already there.
+        """
+        return self._transact(self._writer, work)
+
+    def close(self) -> None:
+        """Close all pooled connections."""
+        self._engine.dispose()
+
+    @property
+    def _file(self) -> Path | None:
+        return Path(self.url.database or "") if self.url.get_backend_name() == "sqlite" else None
+
+    @property
+    def _shown_url(self) -> str:
+        return self.url.render_as_string(hide_password=True)
+
+    def _transact(self, engine: Engine, work: Callable[[Connection], T]) -> T:
+        for delay_s in (*_RETRY_DELAYS_S, None):
+            try:
+                with engine.begin() as connection:
+                    return work(connection)
+            except (exc.DBAPIError, exc.TimeoutError, sqlite3.Error) as error:
+                translated = self._translate(error)
+                if translated is None:
+                    raise
+                if delay_s is None or not _may_pass_soon(error):
+                    raise translated from error
+            # Two that collided once would collide again if they waited equally long.
+            time.sleep(delay_s * random.uniform(0.5, 1.5))
+        raise AssertionError("unreachable")
+
+    def _translate(self, error: Exception) -> MillraceError | None:
+        """Our error for a foreign one; None where the fault is ours."""
+        cause = error.orig if isinstance(error, exc.DBAPIError) else error
+        if isinstance(cause, sqlite3.Error):
+            # The low byte is the primary code; a connect listener's error has none of SQLAlchemy's wrapping.
+            code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
+            if code in _SQLITE_MISCONFIGURED:
+                return ConfigurationError(f"the database {self._file} cannot be used: {cause}")
+            if code in _SQLITE_TROUBLE:
+                return DatabaseUnavailable(f"the database {self._file} does not answer: {cause}")
+            return None
+        is_trouble = isinstance(error, exc.TimeoutError | exc.OperationalError | exc.InterfaceError)
+        if is_trouble or (isinstance(error, exc.DBAPIError) and error.connection_invalidated):
+            reason = str(cause).strip()
+            return DatabaseUnavailable(f"the database {self._shown_url} does not answer: {reason}")
+        return None
+
+
+def insert_new(connection: Connection, table: Table) -> "sqlite.Insert | postgresql.Insert":
+    """INSERT that leaves out rows which are already there."""
+    if connection.dialect.name == "sqlite":
+        return sqlite.insert(table).on_conflict_do_nothing()
+    return postgresql.insert(table).on_conflict_do_nothing()
+
+
+def _may_pass_soon(error: Exception) -> bool:
+    # SQLite's busy timeout and the pool's own have been waited for already.
+    return isinstance(error, exc.DBAPIError) and not isinstance(error.orig, sqlite3.Error)
+
+
+def _make_engine(url: URL) -> Engine:
+    # Parameters are prompts and answers: they must not get into error messages and from there into logs.
+    if url.get_backend_name() == "sqlite":
+        if url.database in (None, "", ":memory:") or url.query.get("mode") == "memory":
+            raise ConfigurationError(
+                f"{url} is a database in memory, and the ledger must outlive its process: name a file, as in "
+                "sqlite:///millrace.db"
+            )
+        engine = create_engine(url, hide_parameters=True)
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    if url.get_backend_name() != "postgresql":
+        raise ConfigurationError(f"{url.get_backend_name()} databases are not supported: use SQLite or PostgreSQL")
+    defaults = {"connect_timeout": _CONNECT_TIMEOUT_S, "application_name": "millrace"}
+    return create_engine(
+        url,
+        hide_parameters=True,
+        isolation_level="READ COMMITTED",
+        pool_pre_ping=True,
+        connect_args={name: value for name, value in defaults.items() if name not in url.query},
+    )
+
+
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
+    # SQLAlchemy begins transactions, see _begin_sqlite; the driver would not begin one for a SELECT or for DDL.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    # In WAL mode only FULL makes a committed Result survive a power cut.
+    cursor.execute("PRAGMA synchronous = FULL")
+    # Already in the file after the first time; switching needs the file alone, asking does not.
+    if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later cannot wait for its turn to write: SQLite fails it at once.
+    is_write = connection.get_execution_options().get("is_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
