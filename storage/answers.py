@@ -1,0 +1,170 @@
+"""Answers by key: rows in SQL, which keep them, and their bounded hot copy in Redis, which may vanish at any moment.
+
+Redis keys, all written by one script and all dropped together when no answer was put for the TTL:
+    millrace:answers        hash    answer key (32 bytes) -> Answer as msgpack
+    millrace:answers:age    zset    answer key, scored by when it was put (milliseconds of the server's clock)
+    millrace:answers:bytes  string  sum over the hash of key and value lengths
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import msgspec
+from redis import Redis
+from redis.exceptions import RedisError
+from sqlalchemy import Connection, select
+
+from protocol.requests import Answer
+from storage.clock import now
+from storage.ledger import Ledger, insert_new
+from storage.tables import answers
+
+log = logging.getLogger("millrace.storage.answers")
+
+#: Keys per statement or command, below the 32766 parameters SQLite takes and short enough not to hold Redis up.
+_MAX_KEYS = 500
+#: Seconds without Redis after it failed: each try may cost a whole socket timeout, which the engine would wait for.
+_PAUSE_S = 5.0
+
+_KEYS = ("millrace:answers", "millrace:answers:age", "millrace:answers:bytes")
+
+# Runs as one step in Redis, so the counter is exact. What is too old goes first, so that it can be put anew; then the
+# oldest go until the rest fits. An eviction by Redis itself may take one key of the three: then it starts afresh.
+_PUT = """
+local ttl_ms, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+local num_bytes = tonumber(redis.call('GET', KEYS[3]))
+local num_answers = redis.call('HLEN', KEYS[1])
+if num_answers ~= redis.call('ZCARD', KEYS[2]) or (num_answers > 0) ~= (num_bytes ~= nil) then
+    redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+    num_bytes = nil
+end
+num_bytes = num_bytes or 0
+
+local function drop(key)
+    num_bytes = num_bytes - #key - redis.call('HSTRLEN', KEYS[1], key)
+    redis.call('HDEL', KEYS[1], key)
+    redis.call('ZREM', KEYS[2], key)
+end
+
+for _, key in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now_ms - ttl_ms)) do
+    drop(key)
+end
+for i = 3, #ARGV, 2 do
+    local size = #ARGV[i] + #ARGV[i + 1]
+    if size <= max_bytes and redis.call('HSETNX', KEYS[1], ARGV[i], ARGV[i + 1]) == 1 then
+        redis.call('ZADD', KEYS[2], now_ms, ARGV[i])
+        num_bytes = num_bytes + size
+    end
+end
+while num_bytes > max_bytes do
+    drop(redis.call('ZRANGE', KEYS[2], 0, 0)[1])
+end
+
+if num_bytes > 0 then
+    redis.call('SET', KEYS[3], string.format('%d', num_bytes))
+    for i = 1, 3 do
+        redis.call('PEXPIRE', KEYS[i], ttl_ms)
+    end
+else
+    redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+end
+"""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Answer).decode
+
+
+def find_answers(ledger: Ledger, keys: Iterable[bytes]) -> dict[bytes, Answer]:
+    """Those of the answers that are known. Raises DatabaseUnavailable."""
+    wanted = list(dict.fromkeys(keys))
+
+    def work(connection: Connection) -> dict[bytes, Answer]:
+        found = {}
+        for batch in _batches(wanted):
+            for row in connection.execute(select(answers).where(answers.c.key.in_(batch))):
+                found[row.key] = Answer(
+                    text=row.text,
+                    finish_reason=row.finish_reason,
+                    prompt_tokens=row.prompt_tokens,
+                    completion_tokens=row.completion_tokens,
+                )
+        return found
+
+    return ledger.read(work) if wanted else {}
+
+
+def insert_answers(connection: Connection, new: Mapping[bytes, Answer]) -> None:
+    """Keep these answers; one that is known already stays as it is."""
+    # In one order for everybody, so that two transactions with the same new answers do not deadlock.
+    rows = [{"key": key, **msgspec.structs.asdict(new[key])} for key in sorted(new)]
+    if rows:
+        connection.execute(insert_new(connection, answers).values(created_at=now()), rows)
+
+
+class AnswerCache:
+    """The hot copy, shared by all workers. Whatever goes wrong with Redis, it merely knows nothing."""
+
+    def __init__(
+        self, redis: Redis, ttl_s: float, max_bytes: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`redis` must return bytes. `max_bytes` counts keys and answers, without Redis' own overhead."""
+        self._redis = redis
+        self._ttl_ms = max(1, int(ttl_s * 1000))
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._put = redis.register_script(_PUT)
+        self._is_absent = False
+        self._absent_until = 0.0
+
+    def get_many(self, keys: Iterable[bytes]) -> dict[bytes, Answer]:
+        """Those of the answers that are in Redis."""
+        found = {}
+        for batch in _batches(list(dict.fromkeys(keys))):
+            values = self._call(partial(self._redis.hmget, _KEYS[0], batch), [])
+            for key, value in zip(batch, values, strict=False):
+                answer = None if value is None else _readable(value)
+                if answer is not None:
+                    found[key] = answer
+        return found
+
+    def put_many(self, new: Mapping[bytes, Answer]) -> None:
+        """Add these answers; older ones make room."""
+        for batch in _batches(list(new)):
+            pairs = [part for key in batch for part in (key, _encode(new[key]))]
+            self._call(partial(self._put, _KEYS, [self._ttl_ms, self._max_bytes, *pairs]), None)
+
+    def _call(self, command: Callable[[], Any], otherwise: Any) -> Any:
+        if self._is_absent and self._clock() < self._absent_until:
+            return otherwise
+        try:
+            reply = command()
+        except (RedisError, OSError) as error:
+            self._absent_until = self._clock() + _PAUSE_S
+            if not self._is_absent:
+                log.warning("Redis does not hold answers for now, SQL alone does: %s", error)
+            self._is_absent = True
+            return otherwise
+        if self._is_absent:
+            log.info("Redis holds answers again")
+            self._is_absent = False
+        return reply
+
+
+def _readable(value: bytes) -> Answer | None:
+    try:
+        return _decode(value)
+    except msgspec.MsgspecError:
+        return None
+
+
+def _batches(keys: list[bytes]) -> Iterator[list[bytes]]:
+    for start in itertools.count(0, _MAX_KEYS):
+        if start >= len(keys):
+            return
+        yield keys[start : start + _MAX_KEYS]

@@ -1,0 +1,273 @@
+"""Jobs and the Chunks they are cut into: intake, progress, closing and cancelling."""
+
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import msgspec
+from sqlalchemy import Connection, Select, case, exists, func, insert, select, update
+
+from protocol.errors import JobNotFound, SubmissionConflict
+from protocol.requests import Request, Result, pack_requests
+from protocol.sampling import SamplingParams
+from storage.clock import now
+from storage.ledger import Ledger, insert_new
+from storage.results import COUNTERS, count, insert_results, to_row
+from storage.tables import chunk_requests, chunks, is_leased, is_unfinished, is_waiting, jobs
+
+JobState = Literal["submitting", "running", "finished", "cancelled"]
+
+#: Shorter prefixes of an id would soon stop being unique.
+_MIN_PREFIX = 4
+_ID_PREFIX = re.compile(f"[0-9a-f]{{{_MIN_PREFIX},16}}")
+#: Chunk ids read at a time for re-publishing.
+_PAGE = 1000
+
+_decode_params = msgspec.json.Decoder(SamplingParams).decode
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What a user submitted."""
+
+    id: str
+    tenant: str
+    identity: str
+    model: str
+    params: SamplingParams
+    state: JobState
+    created_at: float
+    num_lines: int | None  # None until sealed
+    ended_at: float | None = None  # when it became finished or cancelled
+
+
+class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A Job's progress. Results count per sample; a Chunk counts as finished when nothing is left to do in it."""
+
+    job: Job
+    num_lines: int  # so far, while the Job is being submitted
+    num_ok: int
+    num_error: int
+    num_cached: int  # of num_ok
+    num_chunks: int
+    num_chunks_finished: int
+    num_requests: int
+    num_requests_waiting: int  # in Chunks nobody has claimed
+    num_requests_leased: int  # in Chunks being worked on, those with Results included
+    prompt_tokens: int
+    completion_tokens: int
+    computed_tokens: int  # of completion_tokens, those that no known answer saved
+
+    @property
+    def is_finished(self) -> bool:
+        return self.job.state == "finished"
+
+
+def open_job(ledger: Ledger, *, tenant: str, identity: str, model: str, params: SamplingParams) -> tuple[Job, bool]:
+    """The tenant's Job with this identity, made now if there is none; True if it was. Raises DatabaseUnavailable."""
+    job_id = secrets.token_hex(8)
+    row = {"id": job_id, "tenant": tenant, "identity": identity, "model": model, "state": "submitting"}
+    row["params"] = msgspec.json.encode(params).decode()
+
+    def work(connection: Connection) -> Job:
+        connection.execute(insert_new(connection, jobs).values(**row, created_at=now()))
+        same = (jobs.c.tenant == tenant) & (jobs.c.identity == identity)
+        return _job(connection.execute(select(jobs).where(same)).one())
+
+    job = ledger.write(work)
+    return job, job.id == job_id
+
+
+def find_job(ledger: Ledger, name: str, tenant: str) -> Job:
+    """The tenant's Job with this id, with the one id that begins so (4 characters or more), or with this identity.
+
+    Raises JobNotFound and DatabaseUnavailable.
+    """
+    own = select(jobs).where(jobs.c.tenant == tenant)
+
+    def work(connection: Connection) -> Job:
+        matches = connection.execute(own.where(jobs.c.identity == name)).all()
+        if not matches and _ID_PREFIX.fullmatch(name):
+            matches = connection.execute(own.where(jobs.c.id.startswith(name)).order_by(jobs.c.id).limit(3)).all()
+        if len(matches) == 1:
+            return _job(matches[0])
+        if matches:
+            ids = ", ".join(row.id for row in matches)
+            raise JobNotFound(f"{name!r} is the beginning of several Jobs ({ids}): give more of the id")
+        raise JobNotFound(
+            f"there is no Job {name!r} of tenant {tenant!r}: give its id, at least {_MIN_PREFIX} characters of it, or "
+            "its identity"
+        )
+
+    return ledger.read(work)
+
+
+def list_jobs(ledger: Ledger, tenant: str, limit: int) -> list[Job]:
+    """The tenant's newest Jobs, newest first. Raises DatabaseUnavailable."""
+    newest = select(jobs).where(jobs.c.tenant == tenant).order_by(jobs.c.created_at.desc(), jobs.c.id).limit(limit)
+    return ledger.read(lambda connection: [_job(row) for row in connection.execute(newest)])
+
+
+def intake_position(ledger: Ledger, job_id: str) -> int:
+    """The last input line that a Chunk covers, 0 at first: a resumed submit goes on after it."""
+    return ledger.read(lambda connection: _position(connection, job_id))
+
+
+def append_chunk(
+    ledger: Ledger,
+    job_id: str,
+    *,
+    first_line: int,
+    last_line: int,
+    requests: Sequence[Request],
+    failures: Sequence[Result],
+) -> int | None:
+    """Add the lines first_line..last_line: a Chunk of `requests`, and `failures` for the lines that are malformed.
+
+    Returns the Chunk's id; None when there is nothing to do in it, as it then is finished already. Raises JobNotFound;
+    SubmissionConflict when the lines are there already or the Job takes no more; DatabaseUnavailable.
+    """
+    blob = pack_requests(requests) if requests else None
+    rows = [to_row(job_id, 0, failure) for failure in failures]
+    chunk = {"job_id": job_id, "first_line": first_line, "last_line": last_line, "num_requests": len(requests)}
+    chunk |= {"state": "waiting" if requests else "finished", "attempt": 0, **count(failures)}
+    is_retry = False
+
+    def work(connection: Connection) -> int | None:
+        nonlocal is_retry
+        # The Job's row is locked: producers take turns, and a Job that is being cancelled gets no Chunk afterwards.
+        locked = select(jobs).where(jobs.c.id == job_id).with_for_update(key_share=True)
+        job = connection.execute(locked).one_or_none()
+        if job is None:
+            raise JobNotFound(f"there is no Job {job_id!r}")
+        # An earlier try within this call may have landed without our hearing of it.
+        landed = _landed(connection, job_id, first_line, last_line, blob) if is_retry else None
+        is_retry = True
+        if landed is not None:
+            return landed if requests else None
+        _check_open(job, first_line, _position(connection, job_id))
+        values = {**chunk, "tenant": job.tenant, "model": job.model, "created_at": now()}
+        chunk_id: int = connection.execute(insert(chunks).values(values).returning(chunks.c.id)).scalar_one()
+        insert_results(connection, rows)
+        if blob is None:
+            return None
+        connection.execute(insert(chunk_requests).values(chunk_id=chunk_id, requests=blob))
+        return chunk_id
+
+    return ledger.write(work)
+
+
+def seal_job(ledger: Ledger, job_id: str, num_lines: int) -> None:
+    """The whole input is in: the Job runs, or is finished if nothing is left to do. Sealing again changes nothing.
+
+    Raises DatabaseUnavailable.
+    """
+    opened = (jobs.c.id == job_id) & (jobs.c.state == "submitting")
+    sealed = update(jobs).where(opened).values(state="running", num_lines=num_lines)
+    ledger.write(lambda connection: connection.execute(sealed))
+    close_job_if_done(ledger, job_id)
+
+
+def unclaimed_chunks(ledger: Ledger, job_id: str) -> Iterator[int]:
+    """The ids of the Job's Chunks that nobody has claimed, oldest first, to publish them again."""
+    last = 0
+    unclaimed = select(chunks.c.id).where(chunks.c.job_id == job_id, is_unfinished, is_waiting).order_by(chunks.c.id)
+    while True:
+        ids = ledger.read(partial(_scalars, unclaimed.where(chunks.c.id > last).limit(_PAGE)))
+        yield from ids
+        if len(ids) < _PAGE:
+            return
+        last = ids[-1]
+
+
+def job_status(ledger: Ledger, job_id: str) -> JobStatus:
+    """The Job's progress, summed over its Chunks without a look at its Results. Raises JobNotFound."""
+    totals = select(
+        func.count().label("num_chunks"),
+        func.sum(case((is_unfinished, 0), else_=1)).label("num_chunks_finished"),
+        func.max(chunks.c.last_line).label("position"),
+        func.sum(chunks.c.num_requests).label("num_requests"),
+        func.sum(case((is_waiting, chunks.c.num_requests), else_=0)).label("num_requests_waiting"),
+        func.sum(case((is_leased, chunks.c.num_requests), else_=0)).label("num_requests_leased"),
+        *(func.sum(chunks.c[name]).label(name) for name in COUNTERS),
+    ).where(chunks.c.job_id == job_id)
+
+    def work(connection: Connection) -> JobStatus:
+        job = _job_by_id(connection, job_id)
+        # PostgreSQL sums integers to Decimals, and nothing to NULL.
+        total = {name: int(value or 0) for name, value in connection.execute(totals).one()._mapping.items()}
+        position = total.pop("position")
+        return JobStatus(job=job, num_lines=position if job.num_lines is None else job.num_lines, **total)
+
+    return ledger.read(work)
+
+
+def close_job_if_done(ledger: Ledger, job_id: str) -> bool:
+    """Finish a sealed Job none of whose Chunks has anything left to do; True if this call did it.
+
+    For after the last Chunk's commit, never within it: of two workers that commit the last two Chunks at the same
+    time neither would see the other's on PostgreSQL, and the Job would stay open. Raises DatabaseUnavailable.
+    """
+    is_open = exists().where(chunks.c.job_id == job_id, is_unfinished)
+    done = update(jobs).where(jobs.c.id == job_id, jobs.c.state == "running", ~is_open)
+    closed = done.values(state="finished", ended_at=now())
+    return ledger.write(lambda connection: connection.execute(closed).rowcount == 1)
+
+
+def cancel_job(ledger: Ledger, job_id: str) -> bool:
+    """Stop a Job: its unfinished Chunks cannot be claimed any more and leases on them are lost; Results stay.
+
+    Returns True if this call did it, False when the Job had ended. Raises JobNotFound and DatabaseUnavailable.
+    """
+    not_ended = (jobs.c.id == job_id) & jobs.c.state.in_(("submitting", "running"))
+    cancelled = update(jobs).where(not_ended).values(state="cancelled", ended_at=now())
+    stopped = update(chunks).where(chunks.c.job_id == job_id, is_unfinished).values(state="cancelled")
+
+    def work(connection: Connection) -> bool:
+        _job_by_id(connection, job_id)
+        if connection.execute(cancelled).rowcount == 0:
+            return False
+        connection.execute(stopped)
+        return True
+
+    return ledger.write(work)
+
+
+def _scalars(statement: Select[int], connection: Connection) -> list[int]:
+    return list(connection.scalars(statement))
+
+
+def _job_by_id(connection: Connection, job_id: str) -> Job:
+    row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+    if row is None:
+        raise JobNotFound(f"there is no Job {job_id!r}")
+    return _job(row)
+
+
+def _job(row: Any) -> Job:
+    fields = dict(row._mapping)
+    return Job(**(fields | {"params": _decode_params(row.params)}))
+
+
+def _position(connection: Connection, job_id: str) -> int:
+    newest = select(chunks.c.last_line).where(chunks.c.job_id == job_id).order_by(chunks.c.first_line.desc()).limit(1)
+    position: int | None = connection.execute(newest).scalar()
+    return position or 0
+
+
+def _check_open(job: Any, first_line: int, position: int) -> None:
+    if job.state != "submitting":
+        raise SubmissionConflict(f"the Job {job.id} is {job.state} and takes no more lines")
+    if first_line <= position:
+        raise SubmissionConflict(
+            f"line {first_line} of Job {job.id} is in already, as are all up to {position}: is somebody else "
+            "submitting the same input right now? Wait for them, or submit again to go on where they stopped"
+        )
+
+
+def _landed(connection: Connection, job_id: str, first_line: int, last_line: int, blob: bytes | None) -> int | None:
+    same = select(chunks.c.id, chunk_requests.c.requests).outerjoin_from(chunks, chunk_requests)
+    same = same.where(chunks.c.job_id == job_id, chunks.c.first_line == first_line, chunks.c.last_line == last_line)
+    row = connection.execute(same).one_or_none()
+    return row.id if row is not None and row.requests == blob else None

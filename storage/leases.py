@@ -1,0 +1,196 @@
+"""Leases: the right to work on a Chunk until a time by the database's clock, fenced by the attempt.
+
+A lease whose time has passed is still its owner's until somebody else claims the Chunk and so raises the attempt.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Update,
+    select,
+    update,
+)
+
+from protocol.requests import Request, unpack_requests
+from protocol.sampling import SamplingParams
+from storage.clock import now, now_once
+from storage.ledger import Ledger
+from storage.tables import chunk_requests, chunks, is_leased, is_waiting, jobs, results
+
+#: Chunk ids per statement, well below the 32766 parameters SQLite takes.
+_MAX_IDS = 500
+
+_decode_params = msgspec.json.Decoder(SamplingParams).decode
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """A claimed Chunk and what is left to do in it."""
+
+    chunk_id: int
+    job_id: str
+    attempt: int
+    owner: str
+    tenant: str
+    model: str
+    job_params: SamplingParams
+    requests: list[Request]  # whole Requests, those whose Results are all stored left out
+    done: frozenset[tuple[int, int]]  # (line, sample) of `requests` that an earlier attempt stored
+    claimed_at: float  # by the database's clock
+
+
+class Held(msgspec.Struct, frozen=True):
+    """What the ledger says of a Chunk somebody believes to hold."""
+
+    attempt: int
+    owner: str | None
+    state: str
+
+
+def claim(ledger: Ledger, chunk_id: int, owner: str, lease_s: float) -> Lease | None:
+    """Lease one Chunk; None when it is unknown, finished, cancelled, or leased for some time yet, also to `owner`."""
+    is_free = is_waiting | (is_leased & (chunks.c.leased_until <= now_once()))
+    claimed = _claiming(owner, lease_s).where(chunks.c.id == chunk_id, is_free)
+    return ledger.write(lambda connection: _lease(connection, claimed))
+
+
+def claim_oldest(ledger: Ledger, model: str, owner: str, lease_s: float, *, min_age_s: float) -> Lease | None:
+    """Lease a Chunk of `model` without having been told of it; None when there is none.
+
+    The lease that ran out first goes first: it was claimed before anything that still waits. Then comes the oldest
+    waiting Chunk, if it was made at least `min_age_s` ago; a younger one's message is probably on its way.
+    """
+    expired = select(chunks.c.id).where(chunks.c.model == model, is_leased, chunks.c.leased_until <= now_once())
+    expired = expired.order_by(chunks.c.leased_until).limit(1).with_for_update(skip_locked=True)
+    # The age is looked at outside of the LIMIT: inside, a burst of young Chunks would be walked from end to end.
+    head = select(chunks.c.id, chunks.c.created_at).where(chunks.c.model == model, is_waiting)
+    oldest = head.order_by(chunks.c.id).limit(1).with_for_update(skip_locked=True).subquery()
+    waiting = select(oldest.c.id).where(oldest.c.created_at <= now_once() - min_age_s)
+
+    def work(connection: Connection) -> Lease | None:
+        for candidate in (expired, waiting):
+            claimed = _claiming(owner, lease_s).where(chunks.c.id == candidate.scalar_subquery())
+            lease = _lease(connection, claimed)
+            if lease is not None:
+                return lease
+        return None
+
+    return ledger.write(work)
+
+
+def renew(ledger: Ledger, owner: str, held: Mapping[int, int], lease_s: float) -> set[int]:
+    """Extend the leases {chunk id: attempt}; returns the ids that are still the owner's."""
+
+    def work(connection: Connection) -> set[int]:
+        kept = _still_held(connection, owner, held)
+        for ids in _batches(sorted(kept)):
+            extended = update(chunks).where(chunks.c.id.in_(ids)).values(leased_until=now() + lease_s)
+            connection.execute(extended)
+        return kept
+
+    return ledger.write(work) if held else set()
+
+
+def release(ledger: Ledger, owner: str, held: Mapping[int, int]) -> None:
+    """Give the leases {chunk id: attempt} back: the Chunks wait again at once. Lost ones are left alone."""
+
+    def work(connection: Connection) -> None:
+        for ids in _batches(sorted(_still_held(connection, owner, held))):
+            connection.execute(_releasing().where(chunks.c.id.in_(ids)))
+
+    if held:
+        ledger.write(work)
+
+
+def release_owner(ledger: Ledger, owner_prefix: str) -> int:
+    """Give back all leases of owners with this prefix, who must be dead; returns how many."""
+    return _release_where(ledger, chunks.c.owner.startswith(owner_prefix, autoescape=True))
+
+
+def release_all(ledger: Ledger) -> int:
+    """Give back every lease there is; for the one run that has the database to itself. Returns how many."""
+    return _release_where(ledger, None)
+
+
+def lock_chunks(connection: Connection, ids: Iterable[int]) -> dict[int, Held]:
+    """Lock these Chunks' rows until the transaction ends, in one order for everybody so that nobody deadlocks."""
+    found = {}
+    columns = select(chunks.c.id, chunks.c.attempt, chunks.c.owner, chunks.c.state)
+    for batch in _batches(sorted(set(ids))):
+        statement = columns.where(chunks.c.id.in_(batch)).order_by(chunks.c.id).with_for_update(key_share=True)
+        for row in connection.execute(statement):
+            found[row.id] = Held(attempt=row.attempt, owner=row.owner, state=row.state)
+    return found
+
+
+def _still_held(connection: Connection, owner: str, held: Mapping[int, int]) -> set[int]:
+    found = lock_chunks(connection, held)
+    return {i for i, at in found.items() if at == Held(attempt=held[i], owner=owner, state="leased")}
+
+
+def _release_where(ledger: Ledger, condition: ColumnElement[bool] | None) -> int:
+    statement = _releasing().where(is_leased)
+    if condition is not None:
+        statement = statement.where(condition)
+    return ledger.write(lambda connection: connection.execute(statement).rowcount)
+
+
+def _claiming(owner: str, lease_s: float) -> Update:
+    return update(chunks).values(
+        state="leased", owner=owner, attempt=chunks.c.attempt + 1, leased_until=now() + lease_s
+    )
+
+
+def _releasing() -> Update:
+    return update(chunks).values(state="waiting", owner=None, leased_until=None)
+
+
+def _lease(connection: Connection, claimed: Update) -> Lease | None:
+    row = connection.execute(claimed.returning(chunks, now().label("claimed_at"))).one_or_none()
+    if row is None:
+        return None
+    job_params = _decode_params(connection.execute(select(jobs.c.params).where(jobs.c.id == row.job_id)).scalar_one())
+    blob = select(chunk_requests.c.requests).where(chunk_requests.c.chunk_id == row.id)
+    requests = unpack_requests(connection.execute(blob).scalar_one())
+    done: frozenset[tuple[int, int]] = frozenset()
+    if row.attempt > 1:
+        requests, done = _left(connection, row, job_params, requests)
+    return Lease(
+        chunk_id=row.id,
+        job_id=row.job_id,
+        attempt=row.attempt,
+        owner=row.owner,
+        tenant=row.tenant,
+        model=row.model,
+        job_params=job_params,
+        requests=requests,
+        done=done,
+        claimed_at=row.claimed_at,
+    )
+
+
+def _left(
+    connection: Connection, row: Any, job_params: SamplingParams, requests: list[Request]
+) -> tuple[list[Request], frozenset[tuple[int, int]]]:
+    """The Requests without all their Results, and which of theirs are there. A failure ends its Request."""
+    in_span = (results.c.job_id == row.job_id) & results.c.line.between(row.first_line, row.last_line)
+    stored = connection.execute(select(results.c.line, results.c.sample, results.c.error_code).where(in_span))
+    samples: dict[int, set[int]] = {}
+    failed = set()
+    for line, sample, error_code in stored:
+        samples.setdefault(line, set()).add(sample)
+        if error_code is not None:
+            failed.add(line)
+    left = []
+    for request in requests:
+        num_samples = request.params.over(job_params).n or 1
+        if request.line not in failed and len(samples.get(request.line, ())) < num_samples:
+            left.append(request)
+    return left, frozenset((request.line, sample) for request in left for sample in samples.get(request.line, ()))
+
+
+def _batches(ids: list[int]) -> Iterable[list[int]]:
+    return (ids[i : i + _MAX_IDS] for i in range(0, len(ids), _MAX_IDS))
