@@ -160,7 +160,7 @@ def test_unsupported_parameter_is_refused_by_name(name: str, value: object) -> N
         (b'{"prompt": "a", "stop": ["", "b"]}', "invalid_parameter", "none of them empty"),
         (b'{"prompt": "a", "id": 1.5}', "invalid_type", "custom_id must be a string, not a number"),
         (b'{"prompt": "a", "id": "1", "custom_id": "1"}', "invalid_parameter", "the same thing"),
-        (b'{"prompt": "a", "id": "\\u0000"}', "invalid_parameter", "none of them NUL"),
+        (b'{"prompt": "a", "id": "' + b"x" * 513 + b'"}', "invalid_parameter", "it may have at most 512 characters"),
         (b'{"prompt": "a", "model": "gpt-9"}', "unknown_model", "asks for model 'gpt-9', but this Job's is 'tiny'"),
         (b'{"prompt": "a", "model": []}', "invalid_type", "model must be a string, not a list"),
         (b'{"messages": {}}', "invalid_type", "messages must be a list, not an object"),
