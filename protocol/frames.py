@@ -68,6 +68,7 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
 
     `seq_ids` (int64) and `token_ids` (int32) are parallel little-endian arrays, one new token each. `finished` holds
     (seq_id, finish reason, number of output tokens): a stop token counts as an output token, though it has no text.
+    `refused` holds (seq_id, message) of Sequences that could never finish, which the Celery side should have seen.
     """
 
     seq_ids: bytes
@@ -77,6 +78,7 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     num_waiting: int
     num_free_blocks: int
     num_scheduled_tokens: int
+    refused: list[tuple[int, str]] = []
 
 
 Frame = Intake | EngineReady | EngineFailed | StepFrame
