@@ -1,0 +1,64 @@
+"""The packed layout of a step: all its tokens in one flat row, decode rows first, then prefill pieces.
+
+Letters: S segments, T tokens, D decode rows, P = T - D prefill tokens, K sampled positions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from batching.scheduler import StepPlan
+
+Int64s = npt.NDArray[np.int64]
+Int32s = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    num_decode: int
+    rows: Int64s  # (S,)
+    query_lens: Int64s  # (S,) tokens of this step
+    kv_lens: Int64s  # (S,) tokens to attend to, this step's included
+    cu_query_lens: Int32s  # (S + 1,)
+    cu_kv_lens: Int32s  # (S + 1,)
+    positions: Int64s  # (T,)
+    prefill_rows: Int64s  # (P,)
+    prefill_token_ids: Int64s  # (P,) decode tokens are on the device
+    sampled: Int64s  # (K,) indices into the flat row
+    sampled_rows: Int64s  # (K,)
+
+
+def pack(plan: StepPlan) -> PackedLayout:
+    num_decode = plan.num_decode
+    rows = np.array([seq.row for seq in plan.sequences], dtype=np.int64)
+    starts = np.array(plan.starts, dtype=np.int64)
+    query_lens = np.array(plan.num_tokens, dtype=np.int64)
+    kv_lens = starts + query_lens
+    cu_query_lens = _cumulative(query_lens)
+    first = cu_query_lens[:-1].astype(np.int64)
+    positions = np.arange(cu_query_lens[-1], dtype=np.int64) + np.repeat(starts - first, query_lens)
+    sampled = np.array(plan.sampled, dtype=np.int64)
+    pieces = [
+        seq.tokens(start, start + num)
+        for seq, start, num in zip(
+            plan.sequences[num_decode:], plan.starts[num_decode:], plan.num_tokens[num_decode:], strict=True
+        )
+    ]
+    return PackedLayout(
+        num_decode=num_decode,
+        rows=rows,
+        query_lens=query_lens,
+        kv_lens=kv_lens,
+        cu_query_lens=cu_query_lens,
+        cu_kv_lens=_cumulative(kv_lens),
+        positions=positions,
+        prefill_rows=np.repeat(rows[num_decode:], query_lens[num_decode:]),
+        prefill_token_ids=np.concatenate(pieces, dtype=np.int64) if pieces else np.empty(0, dtype=np.int64),
+        sampled=cu_query_lens[1:][sampled].astype(np.int64) - 1,
+        sampled_rows=rows[sampled],
+    )
+
+
+def _cumulative(lens: Int64s) -> Int32s:
+    return np.concatenate(([0], np.cumsum(lens)), dtype=np.int32, casting="same_kind")

@@ -1,0 +1,211 @@
+"""Scheduler: which Sequences run in the next step. Policy alone: it never sees a tensor, and its cost per step does not
+grow with the number waiting.
+
+It may be asked for step t+1 before the tokens of step t are known. Lengths are known in advance, so nothing is
+scheduled past max_tokens; a stop token is seen one step late and what was sampled behind it is dropped.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from batching.block_manager import BlockManager
+from batching.sequence import Sequence, SequenceState
+from protocol.errors import InvalidRequest
+from protocol.frames import FinishReason
+
+#: Admission leaves room for this many further tokens per running Sequence, so that a newcomer is not preempted by the
+#: next steps of those already running.
+HEADROOM_TOKENS = 16
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step. Segment i is `num_tokens[i]` tokens of `sequences[i]` from position `starts[i]`; decode rows first."""
+
+    num_decode: int = 0
+    sequences: list[Sequence] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    sampled: list[int] = field(default_factory=list)  # segments whose last token's logits are sampled
+    admitted: list[Sequence] = field(default_factory=list)  # their row's state on the device starts afresh
+    #: Blocks appended since the last plan, as (row, index in the block_table, block).
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        return sum(self.num_tokens)
+
+    def append(self, seq: Sequence, num_tokens: int, *, is_sampled: bool) -> None:
+        if is_sampled:
+            self.sampled.append(len(self.sequences))
+            seq.num_in_flight += 1
+        self.sequences.append(seq)
+        self.starts.append(seq.num_computed)
+        self.num_tokens.append(num_tokens)
+        seq.num_computed += num_tokens
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a step gave: parallel `seq_ids` and `token_ids`, and those finished as (seq_id, reason, output tokens)."""
+
+    seq_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finished: list[tuple[int, FinishReason, int]] = field(default_factory=list)
+
+
+class Scheduler:
+    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_batch_tokens: int, max_model_len: int) -> None:
+        self.blocks = blocks
+        self.max_batch_tokens = max_batch_tokens
+        # Every running Sequence must get its one token per step, so more rows than tokens make no sense.
+        self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
+        self.max_model_len = max_model_len
+        self.num_preemptions = 0
+        self._alive: dict[int, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()  # finished ones stay in it until they reach the front
+        self._running: dict[int, Sequence] = {}  # in the order of admission
+        self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._alive) - len(self._running)
+
+    def add(self, seq: Sequence) -> None:
+        """Raises InvalidRequest when the Sequence could never finish."""
+        if seq.seq_id in self._alive:
+            raise InvalidRequest("duplicate_sequence", f"Sequence {seq.seq_id} is already here")
+        if seq.num_prompt_tokens < 1 or seq.max_tokens < 1:
+            raise InvalidRequest(
+                "empty_sequence",
+                f"Sequence {seq.seq_id} has {seq.num_prompt_tokens} prompt tokens and max_tokens={seq.max_tokens}: "
+                "both must be at least 1",
+            )
+        total = seq.num_prompt_tokens + seq.max_tokens
+        for limit, name, setting in (
+            (self.max_model_len, "the model's limit", "max_model_len"),
+            (self.blocks.capacity, "the KV cache", "kv_tokens"),
+        ):
+            if total > limit:
+                raise InvalidRequest(
+                    "context_length_exceeded",
+                    f"{seq.num_prompt_tokens} prompt tokens and max_tokens={seq.max_tokens} make {total}, over "
+                    f"{name} of {limit} tokens ({setting}): shorten the prompt or lower max_tokens",
+                )
+        self._alive[seq.seq_id] = seq
+        self._waiting.append(seq)
+
+    def finish(self, seq_id: int, num_kept: int) -> None:
+        """End a Sequence from outside, keeping its first `num_kept` output tokens; an unknown one is ignored."""
+        seq = self._alive.get(seq_id)
+        if seq is not None:
+            del seq.output_ids[num_kept:]
+            self._finish(seq)
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, counted as launched; None when there is nothing that can run now."""
+        plan = StepPlan()
+        has_preempted = self._schedule_decode(plan)
+        budget = self.max_batch_tokens - plan.num_decode
+        for seq in self._running.values():
+            if seq.num_computed < seq.num_prefill and budget > 0:
+                budget -= self._schedule_prefill(plan, seq, budget)
+        # What was preempted a moment ago is first in line and would be taken straight back.
+        if not has_preempted:
+            self._admit(plan, budget)
+        return plan if plan.sequences else None
+
+    def process(self, plan: StepPlan, tokens: npt.NDArray[np.int64]) -> Outcome:
+        """Apply a step's sampled tokens, one per entry of `plan.sampled`."""
+        outcome = Outcome()
+        for segment, token in zip(plan.sampled, tokens.tolist(), strict=True):
+            seq = plan.sequences[segment]
+            seq.num_in_flight -= 1
+            if seq.state is SequenceState.FINISHED:
+                continue
+            seq.output_ids.append(token)
+            outcome.seq_ids.append(seq.seq_id)
+            outcome.token_ids.append(token)
+            num_outputs = len(seq.output_ids)
+            if token in seq.stop_token_ids:
+                outcome.finished.append((seq.seq_id, "stop", num_outputs))
+                self._finish(seq)
+            elif num_outputs == seq.max_tokens:
+                outcome.finished.append((seq.seq_id, "length", num_outputs))
+                self._finish(seq)
+        return outcome
+
+    def _schedule_decode(self, plan: StepPlan) -> bool:
+        block_size, has_preempted = self.blocks.block_size, False
+        for seq in list(self._running.values()):
+            if seq.num_computed < seq.num_prefill or seq.is_fully_scheduled or seq.seq_id not in self._running:
+                continue
+            if seq.num_computed == len(seq.block_table) * block_size:
+                if self.blocks.num_free == 0:
+                    has_preempted = True
+                    if self._preempt_last() is seq:
+                        break
+                self._append_blocks(plan, seq, 1)
+            plan.append(seq, 1, is_sampled=True)
+        plan.num_decode = len(plan.sequences)
+        return has_preempted
+
+    def _schedule_prefill(self, plan: StepPlan, seq: Sequence, budget: int) -> int:
+        num_tokens = min(budget, seq.num_prefill - seq.num_computed)
+        plan.append(seq, num_tokens, is_sampled=seq.num_computed + num_tokens == seq.num_prefill)
+        return num_tokens
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        while self._waiting and budget > 0 and self._free_rows:
+            seq = self._waiting[0]
+            if seq.state is SequenceState.FINISHED:
+                self._waiting.popleft()
+                continue
+            num_blocks = self.blocks.blocks_for(seq.num_tokens)
+            headroom = self.blocks.blocks_for(HEADROOM_TOKENS * len(self._running))
+            # A preempted Sequence whose token is still in flight has not all of its text here yet.
+            if seq.num_in_flight or num_blocks + headroom > self.blocks.num_free:
+                break
+            self._waiting.popleft()
+            self._running[seq.seq_id] = seq
+            seq.state = SequenceState.RUNNING
+            seq.row = self._free_rows.pop()
+            seq.num_computed, seq.num_prefill = 0, seq.num_known
+            plan.admitted.append(seq)
+            self._append_blocks(plan, seq, num_blocks)
+            budget -= self._schedule_prefill(plan, seq, budget)
+
+    def _append_blocks(self, plan: StepPlan, seq: Sequence, num: int) -> None:
+        index = len(seq.block_table)
+        blocks = self.blocks.allocate(num)
+        seq.block_table.extend(blocks)
+        plan.new_blocks.extend((seq.row, index + i, block) for i, block in enumerate(blocks))
+
+    def _preempt_last(self) -> Sequence:
+        """Recomputed later: its blocks are free at once, since steps run in the order in which they are launched."""
+        _, seq = self._running.popitem()
+        self.num_preemptions += 1
+        self._release(seq)
+        seq.state = SequenceState.WAITING
+        self._waiting.appendleft(seq)
+        return seq
+
+    def _finish(self, seq: Sequence) -> None:
+        if seq.state is SequenceState.RUNNING:
+            del self._running[seq.seq_id]
+            self._release(seq)
+        seq.state = SequenceState.FINISHED
+        del self._alive[seq.seq_id]
+
+    def _release(self, seq: Sequence) -> None:
+        self.blocks.free(seq.block_table)
+        seq.block_table = []
+        self._free_rows.append(seq.row)
+        seq.row = -1

@@ -1,0 +1,95 @@
+"""Sequence: one sample being generated, as the host sees it.
+
+The host may be a step behind: a token that a launched step samples is counted at once and known later.
+"""
+
+import enum
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+
+class SequenceState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    __slots__ = (
+        "block_table",
+        "max_tokens",
+        "num_computed",
+        "num_in_flight",
+        "num_prefill",
+        "output_ids",
+        "prompt_ids",
+        "row",
+        "sample",
+        "seed",
+        "seq_id",
+        "state",
+        "stop_token_ids",
+        "temperature",
+        "top_k",
+        "top_p",
+    )
+
+    def __init__(
+        self,
+        seq_id: int,
+        prompt_ids: npt.NDArray[np.int32],
+        *,
+        max_tokens: int,
+        stop_token_ids: Iterable[int] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        sample: int = 0,
+    ) -> None:
+        self.seq_id = seq_id
+        self.prompt_ids = prompt_ids
+        self.max_tokens = max_tokens
+        self.stop_token_ids = frozenset(stop_token_ids)
+        self.temperature = temperature
+        self.top_p = top_p
+        self.top_k = top_k
+        self.seed = seed
+        self.sample = sample
+
+        self.state = SequenceState.WAITING
+        self.output_ids: list[int] = []
+        self.num_in_flight = 0  # sampled by a launched step, not yet known here
+        self.num_computed = 0  # tokens whose K and V are written, or will be by a launched step
+        self.num_prefill = (
+            0  # tokens known at admission: up to here steps read them from the host, then from the device
+        )
+        self.block_table: list[int] = []
+        self.row = -1  # index of the per-row state on the device while running
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def num_known(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids) + self.num_in_flight
+
+    @property
+    def is_fully_scheduled(self) -> bool:
+        """Every output token it may have is known or in flight, so only waiting is left."""
+        return len(self.output_ids) + self.num_in_flight >= self.max_tokens
+
+    def tokens(self, start: int, end: int) -> npt.NDArray[np.int32]:
+        """Known token ids in [start, end), prompt and outputs as one text."""
+        num_prompt = len(self.prompt_ids)
+        if end <= num_prompt:
+            return self.prompt_ids[start:end]
+        outputs = np.array(self.output_ids[max(start - num_prompt, 0) : end - num_prompt], dtype=np.int32)
+        return np.concatenate((self.prompt_ids[start:num_prompt], outputs))
