@@ -1,0 +1,159 @@
+"""Tiny random models, what transformers says about them one prompt at a time, and how an engine is driven in a test."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from protocol.frames import NewSequence
+from protocol.settings import EngineSettings
+from worker.engine.engine import Engine
+
+FAMILIES = ("llama", "qwen3", "gpt2")
+VOCAB_SIZE = 512
+#: Where the reference's best two logits are closer than this, float32 rounding may decide.
+MIN_GAP = 1e-4
+
+
+def build_model(family: str, seed: int = 0) -> Any:
+    """A model of two layers whose weights are wide enough that its texts vary."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    common = {"vocab_size": VOCAB_SIZE, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    decoder = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    torch.manual_seed(seed)
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**common, **decoder))
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**common, **decoder, head_dim=32))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=512))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    return model.eval()
+
+
+def random_prompts(num: int, seed: int, max_len: int = 60, vocab_size: int = VOCAB_SIZE) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab_size) for _ in range(rng.randint(1, max_len))] for _ in range(num)]
+
+
+@dataclass
+class Reference:
+    """Greedy outputs of transformers' `generate`, and at each position the gap between the best two logits."""
+
+    prompts: list[list[int]]
+    outputs: list[list[int]] = field(default_factory=list)
+    gaps: list[list[float]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.outputs))
+
+    @property
+    def num_distinct(self) -> int:
+        return len({token for output in self.outputs for token in output})
+
+
+@torch.inference_mode()
+def make_reference(folder: Path, prompts: list[list[int]], num_tokens: int) -> Reference:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    reference = Reference(prompts)
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        text = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, num_beams=1
+        )
+        logits = model(text).logits[0, len(prompt) - 1 : -1]
+        best = logits.topk(2).values
+        reference.outputs.append(text[0, len(prompt) :].tolist())
+        reference.gaps.append((best[:, 0] - best[:, 1]).tolist())
+    return reference
+
+
+def assert_equal_where_decided(outputs: Sequence[list[int]], reference: Reference) -> None:
+    """Token for token up to the first position that rounding may decide; at most 1 % may lie behind such positions."""
+    num_excluded = 0
+    for output, expected, gaps in zip(outputs, reference.outputs, reference.gaps, strict=True):
+        end = next((i for i, gap in enumerate(gaps) if gap < MIN_GAP), len(gaps))
+        assert output[:end] == expected[:end]
+        assert len(output) == len(expected)
+        num_excluded += len(expected) - end
+    assert num_excluded <= 0.01 * reference.num_tokens
+
+
+def new_sequence(
+    seq_id: int,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    stop: tuple[int, ...] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    sample: int = 0,
+) -> NewSequence:
+    token_ids = np.array(prompt, dtype="<i4").tobytes()
+    return NewSequence(seq_id, token_ids, max_tokens, stop, temperature, top_p, top_k, seed, sample)
+
+
+@dataclass
+class Run:
+    """What an engine gave: outputs and finish reasons by seq_id, and how often it preempted."""
+
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    num_steps: int = 0
+    max_step_tokens: int = 0
+
+
+def drive(engine: Engine, sequences: Sequence[NewSequence], wave: int = 4, steps_between: int = 3) -> Run:
+    """Add `wave` Sequences, run some steps, add the next: so that all lengths and stages meet in a step."""
+    run, pending = Run(), list(sequences)
+    while pending or engine.has_work:
+        for new in pending[:wave]:
+            engine.add(new)
+            run.outputs[new.seq_id] = []
+        del pending[:wave]
+        for _ in range(steps_between):
+            collect(engine, run)
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+    return run
+
+
+def collect(engine: Engine, run: Run) -> None:
+    """One step's tokens and finishes into `run`."""
+    frame = engine.step()
+    if frame is None:
+        return
+    run.num_steps += 1
+    run.max_step_tokens = max(run.max_step_tokens, frame.num_scheduled_tokens)
+    seq_ids, token_ids = np.frombuffer(frame.seq_ids, "<i8"), np.frombuffer(frame.token_ids, "<i4")
+    for seq_id, token_id in zip(seq_ids.tolist(), token_ids.tolist(), strict=True):
+        run.outputs.setdefault(seq_id, []).append(token_id)
+    for seq_id, reason, num_tokens in frame.finished:
+        assert num_tokens == len(run.outputs[seq_id])
+        assert seq_id not in run.reasons
+        run.reasons[seq_id] = reason
+
+
+def settings_for(folder: Path, **changes: Any) -> EngineSettings:
+    fields: dict[str, Any] = {"model": str(folder), "device": "cpu", "kv_tokens": 8192, "num_threads": 1}
+    return EngineSettings(**{**fields, **changes})

@@ -1,0 +1,171 @@
+"""Attention over the paged KV cache, registered in transformers' AttentionInterface under one name.
+
+A step's context travels through the model's forward as the keyword STEP; what the model itself asks of its attention
+(scale, window, softcap) is honoured; anything else it hands over is refused: an ignored term would be a wrong answer.
+
+Letters: T tokens of the step, D decode rows, S prefill pieces, H query heads, G key/value heads, E head size,
+N blocks, B block size, M blocks per table.
+"""
+
+import importlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from protocol.errors import ConfigurationError
+from worker.engine.kv_cache import KVCache
+
+log = logging.getLogger("millrace.engine")
+
+#: The implementation's name. It has no mask function under that name, so transformers builds no mask at all.
+NAME = "millrace"
+#: The keyword that carries the step through the model's forward.
+STEP = "millrace_step"
+
+#: Keywords that models pass on and that change nothing here: positions are in the queries and keys already, dropout
+#: is zero outside training, and the cache is ours.
+_IGNORED = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "is_causal",
+        "layer_idx",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTerms:
+    """What a layer asks of its attention beyond causality."""
+
+    scale: float
+    window: int | None = None  # tokens attended to, the query's own included
+    softcap: float | None = None
+
+
+class AttentionBackend(Protocol):
+    name: str
+    block_size: int
+
+    def attend(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: "AttentionStep", terms: AttentionTerms
+    ) -> Tensor:
+        """query (T, H, E), caches (N, B, G, E), result (T, H, E). The step's own K and V are in the caches already."""
+
+
+class Step(Protocol):
+    """What the model's forward carries: the engine's step, or the probe's."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
+        """query (T, H, E), key and value (T, G, E), result (T, H, E)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """Where a step's tokens are written and what they attend to. Decode rows first, then prefill pieces."""
+
+    cache: KVCache
+    backend: AttentionBackend
+    num_decode: int
+    slots: Tensor  # (T,) int64
+    decode_tables: Tensor  # (D, M) int32
+    decode_lens: Tensor  # (D,) int32, this step's token included
+    prefill_tables: Tensor  # (S, M) int32
+    cu_query_lens: Tensor  # (S + 1,) int32
+    cu_kv_lens: Tensor  # (S + 1,) int32
+    # The same lengths on the host, so that no backend has to ask the device.
+    max_decode_len: int
+    query_lens: npt.NDArray[np.int64]  # (S,)
+    kv_lens: npt.NDArray[np.int64]  # (S,)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
+        k_cache, v_cache = self.cache.write(layer, self.slots, key, value)
+        return self.backend.attend(query, k_cache, v_cache, self, terms)
+
+
+def register() -> None:
+    """Make `attn_implementation=NAME` known to transformers."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    assert NAME not in ALL_MASK_ATTENTION_FUNCTIONS
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, E)
+    key: Tensor,  # (1, G, T, E)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    step: Step | None = kwargs.pop(STEP, None)
+    if step is None:
+        raise ConfigurationError(f"{type(module).__name__} does not pass keywords on to its attention function")
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _IGNORED)
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        unknown.append("is_causal=False")
+    if unknown:
+        raise ConfigurationError(
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which the engine does not compute"
+        )
+    terms = AttentionTerms(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise ConfigurationError(f"{type(module).__name__} does not know which layer it is")
+    output = step.attend(layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), terms)
+    return output.unsqueeze(0), None
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    """The backend called `name`, or the fastest that runs here for "auto".
+
+    Raises ConfigurationError for an unknown name and for one that cannot run here.
+    """
+    if name not in ("auto", "sdpa", "flash-attn-2"):
+        raise ConfigurationError(f"engine.attention={name!r} is unknown: it is one of auto, sdpa, flash-attn-2")
+    obstacle = _flash_attention_obstacle(device, dtype)
+    if name == "flash-attn-2" and obstacle:
+        raise ConfigurationError(f"engine.attention='flash-attn-2' cannot run here: {obstacle}; use auto or sdpa")
+    if name == "sdpa" or obstacle:
+        if name == "auto" and device.type == "cuda":
+            log.warning("attention falls back to sdpa, which is much slower: %s", obstacle)
+        from worker.engine.backends.sdpa import SDPABackend
+
+        return SDPABackend()
+    from worker.engine.backends.flash_attention import FlashAttentionBackend
+
+    return FlashAttentionBackend()
+
+
+def _flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"the device is {device}, and flash-attn needs CUDA"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:
+        return f"the package flash-attn does not load ({error})"
+    return None

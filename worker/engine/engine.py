@@ -1,0 +1,219 @@
+"""Engine: Scheduler and Runner together, and the loop that may run one step ahead. It knows token ids, and no pipe."""
+
+import logging
+import platform
+from collections import deque
+
+import numpy as np
+import torch
+
+from batching.block_manager import BlockManager
+from batching.scheduler import Outcome, Scheduler, StepPlan
+from batching.sequence import Sequence
+from protocol.errors import ConfigurationError, InvalidRequest
+from protocol.frames import EngineReady, NewSequence, StepFrame
+from protocol.settings import EngineSettings
+from worker.engine.attention import AttentionBackend, choose_backend
+from worker.engine.kv_cache import block_bytes
+from worker.engine.loader import LoadedModel, load_model
+from worker.engine.model_files import ENGINE_VERSION, files_digest, fingerprint, resolve_folder
+from worker.engine.runner import Runner, StepHandle
+
+log = logging.getLogger("millrace.engine")
+
+#: On a CPU the cache competes with everything else on the machine: this many tokens a Sequence, and no more than this.
+CPU_TOKENS_PER_SEQUENCE = 1024
+CPU_MAX_BYTES = 1 << 30
+
+
+class Engine:
+    """Raises ConfigurationError when the model, the settings and the machine do not fit together."""
+
+    def __init__(self, loaded: LoadedModel, settings: EngineSettings, model_fingerprint: str = "") -> None:
+        _check(settings)
+        self.loaded = loaded
+        self.fingerprint = model_fingerprint
+        self.lookahead = settings.lookahead
+        if self.lookahead is None:
+            self.lookahead = 1 if loaded.device.type == "cuda" else 0
+        self.backend = choose_backend(settings.attention, loaded.device, loaded.dtype)
+        max_num_seqs = min(settings.max_num_seqs, settings.max_batch_tokens)
+        num_blocks = _num_blocks(loaded, settings, self.backend, max_num_seqs)
+        self.runner = Runner(loaded, self.backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks)
+        self.scheduler = _scheduler(loaded, settings, num_blocks, self.backend.block_size)
+        self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._refused: list[tuple[int, str]] = []
+        log.info(
+            "attention backend %s, KV cache of %d blocks of %d tokens, lookahead %d",
+            self.backend.name,
+            num_blocks,
+            self.backend.block_size,
+            self.lookahead,
+        )
+
+    @classmethod
+    def start(cls, settings: EngineSettings) -> "Engine":
+        """The engine for `settings.model`, read from its folder or from the model hub."""
+        _check(settings)
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        folder = resolve_folder(settings.model, settings.revision)
+        loaded = load_model(folder, settings)
+        return cls(loaded, settings, fingerprint(files_digest(folder), loaded.dtype_name))
+
+    @property
+    def has_work(self) -> bool:
+        scheduler = self.scheduler
+        return bool(self._in_flight or self._refused or scheduler.num_running or scheduler.num_waiting)
+
+    def ready(self) -> EngineReady:
+        import transformers
+
+        return EngineReady(
+            fingerprint=self.fingerprint,
+            max_model_len=self.loaded.max_model_len,
+            kv_tokens=self.scheduler.blocks.capacity,
+            max_num_seqs=self.scheduler.max_num_seqs,
+            block_size=self.backend.block_size,
+            device=_device_name(self.loaded.device),
+            dtype=self.loaded.dtype_name,
+            attention_backend=self.backend.name,
+            versions={
+                "engine": ENGINE_VERSION,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        )
+
+    def add(self, new: NewSequence) -> None:
+        """Queue a Sequence. One that can never finish is refused in the next frame and costs the others nothing."""
+        sequence = Sequence(
+            new.seq_id,
+            np.frombuffer(new.token_ids, dtype="<i4"),
+            max_tokens=new.max_tokens,
+            stop_token_ids=new.stop_token_ids,
+            temperature=new.temperature,
+            top_p=new.top_p,
+            top_k=new.top_k,
+            seed=new.seed,
+            sample=new.sample,
+        )
+        try:
+            self._check_vocabulary(sequence)
+            self.scheduler.add(sequence)
+        except InvalidRequest as error:
+            self._refused.append((new.seq_id, error.message))
+
+    def finish(self, seq_id: int, num_kept: int) -> None:
+        self.scheduler.finish(seq_id, num_kept)
+
+    def step(self) -> StepFrame | None:
+        """Launch what may be launched, then report the oldest step; None when there is nothing left to do."""
+        assert self.lookahead is not None
+        while len(self._in_flight) <= self.lookahead:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                break
+            self._in_flight.append((plan, self.runner.launch(plan)))
+        refused, self._refused = self._refused, []
+        if self._in_flight:
+            plan, handle = self._in_flight.popleft()
+            return self._frame(self.scheduler.process(plan, handle.wait()), plan.num_scheduled_tokens, refused)
+        return self._frame(Outcome(), 0, refused) if refused else None
+
+    def _frame(self, outcome: Outcome, num_scheduled_tokens: int, refused: list[tuple[int, str]]) -> StepFrame:
+        return StepFrame(
+            seq_ids=np.array(outcome.seq_ids, dtype="<i8").tobytes(),
+            token_ids=np.array(outcome.token_ids, dtype="<i4").tobytes(),
+            finished=outcome.finished,
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_free_blocks=self.scheduler.blocks.num_free,
+            num_scheduled_tokens=num_scheduled_tokens,
+            refused=refused,
+        )
+
+    def _check_vocabulary(self, sequence: Sequence) -> None:
+        """An id outside the vocabulary would read outside the embedding: on CUDA the end of the whole process."""
+        ids, vocab_size = sequence.prompt_ids, self.loaded.vocab_size
+        if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
+            raise InvalidRequest(
+                "invalid_token", f"the prompt has a token id outside the model's vocabulary of {vocab_size}"
+            )
+
+
+def _check(settings: EngineSettings) -> None:
+    for name, least in (("max_batch_tokens", 1), ("max_num_seqs", 1), ("max_model_len", 2), ("num_threads", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ConfigurationError(f"engine.{name}={value} is too small: it must be at least {least}")
+    if settings.lookahead not in (None, 0, 1):
+        raise ConfigurationError(f"engine.lookahead={settings.lookahead} is out of range: it is 0 or 1")
+    if not 0 < settings.memory_fraction <= 1:
+        raise ConfigurationError(
+            f"engine.memory_fraction={settings.memory_fraction} is out of range: it must be above 0 and at most 1"
+        )
+
+
+def _scheduler(loaded: LoadedModel, settings: EngineSettings, num_blocks: int, block_size: int) -> Scheduler:
+    return Scheduler(
+        BlockManager(num_blocks, block_size),
+        max_num_seqs=settings.max_num_seqs,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_model_len=loaded.max_model_len,
+    )
+
+
+def _num_blocks(loaded: LoadedModel, settings: EngineSettings, backend: AttentionBackend, max_num_seqs: int) -> int:
+    block_size = backend.block_size
+    bytes_each = block_bytes(loaded.layers, block_size, loaded.dtype)
+    if settings.kv_tokens is not None:
+        if settings.kv_tokens < block_size:
+            raise ConfigurationError(
+                f"engine.kv_tokens={settings.kv_tokens} is less than one block of {block_size} tokens"
+            )
+        return settings.kv_tokens // block_size
+    if loaded.device.type != "cuda":
+        wanted = -(-max_num_seqs * min(loaded.max_model_len, CPU_TOKENS_PER_SEQUENCE) // block_size)
+        return max(min(wanted, CPU_MAX_BYTES // bytes_each), 1)
+    available = int(_memory_budget(loaded.device, settings) - _peak_bytes(loaded, settings, backend, max_num_seqs))
+    if available < bytes_each:
+        raise ConfigurationError(
+            f"engine.memory_fraction={settings.memory_fraction} leaves no memory for a KV cache beside the model and "
+            f"steps of {settings.max_batch_tokens} tokens: raise it, or lower engine.max_batch_tokens"
+        )
+    return available // bytes_each
+
+
+def _memory_budget(device: torch.device, settings: EngineSettings) -> float:
+    """Bytes this process may hold: the fraction of the whole, less what others hold already."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return total * settings.memory_fraction - others
+
+
+def _peak_bytes(loaded: LoadedModel, settings: EngineSettings, backend: AttentionBackend, max_num_seqs: int) -> int:
+    """What weights and the largest step take without the KV cache, measured by running one.
+
+    The step is full, samples as many rows as may run, and draws them all with top_p, whose sort takes most memory.
+    """
+    num_each = max(1, min(settings.max_batch_tokens // max_num_seqs, loaded.max_model_len - 1))
+    num_blocks = max_num_seqs * -(-(num_each + 1) // backend.block_size)
+    scheduler = _scheduler(loaded, settings, num_blocks, backend.block_size)
+    for i in range(max_num_seqs):
+        prompt = np.zeros(num_each, dtype=np.int32)
+        scheduler.add(Sequence(i, prompt, max_tokens=1, temperature=1.0, top_p=0.5))
+    plan = scheduler.schedule()
+    assert plan is not None
+    torch.cuda.reset_peak_memory_stats(loaded.device)
+    Runner(loaded, backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks).launch(plan).wait()
+    peak = torch.cuda.max_memory_allocated(loaded.device)
+    torch.cuda.empty_cache()
+    return peak - num_blocks * block_bytes(loaded.layers, backend.block_size, loaded.dtype)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    return f"{device} ({torch.cuda.get_device_name(device)})"
