@@ -114,6 +114,19 @@ def intake_position(ledger: Ledger, job_id: str) -> int:
     return ledger.read(lambda connection: _position(connection, job_id))
 
 
+def settled_position(ledger: Ledger, job_id: str) -> int:
+    """The last input line up to which no Result is missing any more: Results up to there can be read in order."""
+    first_open = select(chunks.c.first_line - 1).where(chunks.c.job_id == job_id, is_unfinished)
+    newest = select(chunks.c.last_line).where(chunks.c.job_id == job_id)
+    # One statement, hence one snapshot: a Chunk added between two would count as settled.
+    position = func.coalesce(
+        first_open.order_by(chunks.c.id).limit(1).scalar_subquery(),
+        newest.order_by(chunks.c.first_line.desc()).limit(1).scalar_subquery(),
+        0,
+    )
+    return ledger.read(lambda connection: int(connection.execute(select(position)).scalar_one()))
+
+
 def append_chunk(
     ledger: Ledger,
     job_id: str,

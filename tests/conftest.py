@@ -35,18 +35,18 @@ class PostgresCluster:
     """A running PostgreSQL, reached through the socket in its folder."""
 
     def __init__(self, folder: Path, password: str) -> None:
-        self._folder = folder
+        self.folder = folder
         self._password = password
         self._names = (f"test_{number}" for number in itertools.count())
 
     def url(self, database: str) -> str:
-        return f"postgresql+psycopg://postgres:{self._password}@/{database}?host={self._folder}"
+        return f"postgresql+psycopg://postgres:{self._password}@/{database}?host={self.folder}"
 
     def execute(self, statement: str) -> None:
         import psycopg
 
         with psycopg.connect(
-            host=str(self._folder), user="postgres", password=self._password, dbname="postgres", autocommit=True
+            host=str(self.folder), user="postgres", password=self._password, dbname="postgres", autocommit=True
         ) as connection:
             connection.execute(statement.encode())
 

@@ -39,7 +39,7 @@ def _create_jobs() -> None:
         sa.Column("ended_at", sa.Double),
         sa.PrimaryKeyConstraint("id", name="pk_jobs"),
         sa.UniqueConstraint("tenant", "identity", name="uq_jobs_tenant_identity"),
-        sa.CheckConstraint("state IN ('submitting', 'running', 'finished', 'cancelled')", name="ck_jobs_state"),
+        sa.CheckConstraint("state IN ('submitting', 'running', 'finished', 'cancelled')", name=op.f("ck_jobs_state")),
     )
     op.create_index("ix_jobs_tenant_created_at", "jobs", ["tenant", "created_at"])
 
@@ -68,7 +68,7 @@ def _create_chunks() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_chunks"),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_chunks_job_id"),
         sa.UniqueConstraint("job_id", "first_line", name="uq_chunks_job_id_first_line"),
-        sa.CheckConstraint("state IN ('waiting', 'leased', 'finished', 'cancelled')", name="ck_chunks_state"),
+        sa.CheckConstraint("state IN ('waiting', 'leased', 'finished', 'cancelled')", name=op.f("ck_chunks_state")),
         sqlite_autoincrement=True,
     )
     _create_partial_index("ix_chunks_waiting", ["model", "id"], "state = 'waiting'")
