@@ -81,7 +81,7 @@ class Engine:
             versions={
                 "engine": ENGINE_VERSION,
                 "python": platform.python_version(),
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "transformers": transformers.__version__,
             },
         )
