@@ -1,0 +1,246 @@
+"""Client: submits Jobs and reads their Results. It writes the ledger and rings the queue's bell; workers do the rest.
+
+Needs neither torch nor a running worker; while the broker is away it goes on, since the ledger is what counts.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+from producer.doorbell import Doorbell
+from producer.identity import job_identity
+from producer.lines import LineReader
+from producer.source import Input, Source
+from protocol.errors import SubmissionConflict
+from protocol.requests import Request, Result
+from protocol.sampling import SamplingParams
+from protocol.settings import Settings, load_settings
+from storage.jobs import (
+    Job,
+    JobStatus,
+    append_chunk,
+    find_job,
+    intake_position,
+    job_status,
+    list_jobs,
+    open_job,
+    seal_job,
+    settled_position,
+    unclaimed_chunks,
+)
+from storage.ledger import Ledger
+from storage.results import read_results
+
+T = TypeVar("T")
+
+UNSET_PARAMS = SamplingParams()
+
+#: Seconds between two looks at the ledger, at first and at most.
+_FIRST_POLL_S = 0.05
+_LAST_POLL_S = 1.0
+#: A look that takes long, as in a Job of a million Chunks, is taken less often: a tenth of the time goes into it.
+_POLL_COST_FACTOR = 10
+#: Results read from the ledger at a time.
+_PAGE = 1000
+
+
+class Client:
+    """One tenant's view of the ledger, and the way into the queue. A context manager; not shared between threads.
+
+    Raises ConfigurationError when the settings cannot work together or the database lacks Millrace's tables. Every
+    call raises DatabaseUnavailable when the database does not answer.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = load_settings() if settings is None else settings
+        self.settings.check_topology()
+        self._ledger = Ledger(self.settings.database_url)
+        self._doorbell = Doorbell(self.settings)
+        try:
+            self._ledger.check_schema()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._doorbell.close()
+        self._ledger.close()
+
+    def submit(
+        self,
+        source: Input,
+        *,
+        name: str | None = None,
+        params: SamplingParams = UNSET_PARAMS,
+        model_names: Sequence[str] = (),
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Job:
+        """Make a Job of the source's lines, or find the one that was made of the same before and go on with it.
+
+        The same means equal content, `params` and model; with a `name`, that name alone, which a source that can be
+        read only once needs. `params` hold where a line says nothing. A line may ask for a model by one of
+        `model_names` (default: the served name). `on_progress` is told the number of the last line that is in.
+
+        Raises InvalidRequest for `params` out of range, ConfigurationError for a source that cannot be read or needs a
+        name, SubmissionConflict when the name stands for another Job or somebody else is submitting the same.
+        """
+        params.validate()
+        model = self.settings.served_model
+        content = Source(source)
+        identity = name if name is not None else job_identity(content.digest(), params, model)
+        job, _ = open_job(self._ledger, tenant=self.settings.tenant, identity=identity, model=model, params=params)
+        if (job.model, job.params) != (model, params):
+            raise SubmissionConflict(
+                f"the Job {identity!r} exists with another model or other parameters ({job.model}, id {job.id}): give "
+                "this one another name"
+            )
+        if job.state == "submitting":
+            self._take_in(job, content, model_names or (model,), on_progress)
+        return self.find(job.id)
+
+    def find(self, name: str) -> Job:
+        """The Job with this id, this beginning of an id, or this name. Raises JobNotFound."""
+        return find_job(self._ledger, name, self.settings.tenant)
+
+    def jobs(self, limit: int = 100) -> list[Job]:
+        """The newest Jobs, newest first."""
+        return list_jobs(self._ledger, self.settings.tenant, limit)
+
+    def status(self, job: Job | str) -> JobStatus:
+        """How far the Job is. Raises JobNotFound."""
+        return job_status(self._ledger, self._id(job))
+
+    def wait(self, job: Job | str, *, on_progress: Callable[[JobStatus], None] | None = None) -> JobStatus:
+        """Block until the Job is finished or cancelled; `on_progress` is called at every look. Raises JobNotFound."""
+        job_id = self._id(job)
+        pauses = _Pauses()
+        while True:
+            status = pauses.timed(lambda: job_status(self._ledger, job_id))
+            if on_progress is not None:
+                on_progress(status)
+            if status.job.state in ("finished", "cancelled"):
+                return status
+            pauses.pause()
+
+    def results(self, job: Job | str, *, wait: bool = True) -> Iterator[Result]:
+        """The Job's Results in the order of its lines, each as soon as nothing before it is missing.
+
+        Ends with the Job. With `wait=False`: what is stored now, gaps and all. Raises JobNotFound.
+        """
+        job_id = self._id(job)
+        after = (0, -1)
+        pauses = _Pauses()
+        while True:
+            # In this order: a Job that has ended before the position was read has no Results beyond it.
+            is_last = not wait or job_status(self._ledger, job_id).job.state in ("finished", "cancelled")
+            settled = pauses.timed(lambda: settled_position(self._ledger, job_id)) if not is_last else None
+            for result in self._stored(job_id, after, settled):
+                after = (result.line, result.sample)
+                pauses.restart()
+                yield result
+            if is_last:
+                return
+            pauses.pause()
+
+    def announce(self, job: Job | str) -> None:
+        """Tell the broker of the Job's Chunks that wait: for a broker that is new and cannot know of them."""
+        found = self.find(self._id(job))
+        for chunk_id in unclaimed_chunks(self._ledger, found.id):
+            self._doorbell.ring(chunk_id, found.model)
+
+    def _take_in(
+        self, job: Job, content: Source, model_names: Sequence[str], on_progress: Callable[[int], None] | None
+    ) -> None:
+        position = intake_position(self._ledger, job.id)
+        with content.lines() as lines:
+            reader = LineReader(lines, model_names, skip=position)
+            for requests, failures in self._cut(reader):
+                last_line = max(items[-1].line for items in (requests, failures) if items)
+                chunk_id = append_chunk(
+                    self._ledger,
+                    job.id,
+                    first_line=position + 1,
+                    last_line=last_line,
+                    requests=requests,
+                    failures=failures,
+                )
+                position = last_line
+                if chunk_id is not None:
+                    self._doorbell.ring(chunk_id, job.model)
+                if on_progress is not None:
+                    on_progress(position)
+        if reader.num_lines < position:
+            raise SubmissionConflict(
+                f"the Job {job.identity!r} already has {position} lines, but this input has {reader.num_lines}: it is "
+                "another one, so give it a name of its own"
+            )
+        seal_job(self._ledger, job.id, reader.num_lines)
+
+    def _cut(self, items: Iterable[Request | Result]) -> Iterator[tuple[list[Request], list[Result]]]:
+        """The items in runs of what one Chunk may hold."""
+        requests: list[Request] = []
+        failures: list[Result] = []
+        num_bytes = 0
+        for item in items:
+            item_bytes = _text_bytes(item) if isinstance(item, Request) else 0
+            is_full = len(requests) + len(failures) >= self.settings.chunk_requests
+            if is_full or (requests and num_bytes + item_bytes > self.settings.chunk_bytes):
+                yield requests, failures
+                requests, failures, num_bytes = [], [], 0
+            if isinstance(item, Request):
+                requests.append(item)
+                num_bytes += item_bytes
+            else:
+                failures.append(item)
+        if requests or failures:
+            yield requests, failures
+
+    def _stored(self, job_id: str, after: tuple[int, int], up_to_line: int | None) -> Iterator[Result]:
+        while True:
+            page = read_results(self._ledger, job_id, after=after, limit=_PAGE)
+            for result in page:
+                if up_to_line is not None and result.line > up_to_line:
+                    return
+                yield result
+            if len(page) < _PAGE:
+                return
+            after = (page[-1].line, page[-1].sample)
+
+    def _id(self, job: Job | str) -> str:
+        return job.id if isinstance(job, Job) else self.find(job).id
+
+
+class _Pauses:
+    """Waiting longer and longer while nothing happens."""
+
+    def __init__(self) -> None:
+        self._cost_s = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self._next_s = _FIRST_POLL_S
+
+    def timed(self, look: Callable[[], T]) -> T:
+        start = time.monotonic()
+        value = look()
+        self._cost_s = time.monotonic() - start
+        return value
+
+    def pause(self) -> None:
+        time.sleep(max(self._next_s, self._cost_s * _POLL_COST_FACTOR))
+        self._next_s = min(self._next_s * 1.5, _LAST_POLL_S)
+
+
+def _text_bytes(request: Request) -> int:
+    texts = [request.prompt or ""] + [message.content for message in request.messages or ()]
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)

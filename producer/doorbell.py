@@ -1,0 +1,58 @@
+"""Doorbell: tells the queue that a Chunk is ready. A bell that does not ring costs seconds, never a Chunk."""
+
+import logging
+import time
+
+from kombu.exceptions import OperationalError
+
+from protocol.celery_app import CHUNK_TASK, bulk_queue, make_app
+from protocol.errors import ConfigurationError
+from protocol.settings import Settings
+
+logger = logging.getLogger("millrace.producer")
+
+#: Seconds a broker may take to accept a connection and to answer.
+_TIMEOUT_S = 5.0
+#: Seconds without another try after a failed one: each Chunk of a long submit would wait for the same timeout again.
+_REST_S = 10.0
+
+
+class Doorbell:
+    """Connects when it first rings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._app = make_app(settings)
+        timeouts = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
+        self._app.conf.broker_transport_options |= timeouts
+        self._resting_until = 0.0
+        self._is_told = False
+
+    def ring(self, chunk_id: int, model: str) -> None:
+        """Publish the Chunk's message. Raises ConfigurationError for a broker URL of an unknown kind."""
+        if time.monotonic() < self._resting_until:
+            return
+        try:
+            # Nobody reads the task's result through Celery, and asking for it would subscribe to it in Redis.
+            self._app.send_task(
+                CHUNK_TASK,
+                args=(chunk_id,),
+                queue=bulk_queue(model),
+                ignore_result=True,
+                retry=True,
+                retry_policy={"max_retries": 1, "interval_start": 0.1},
+            )
+        except OperationalError as error:
+            self._resting_until = time.monotonic() + _REST_S
+            if not self._is_told:
+                self._is_told = True
+                logger.warning(
+                    "the broker does not answer (%s): the Job goes into the ledger all the same, and workers that have "
+                    "nothing else to do find it there",
+                    error,
+                )
+        except KeyError as error:
+            raise ConfigurationError(f"broker_url is of an unknown kind: {error.args[0]}; use redis://...") from error
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._app.close()

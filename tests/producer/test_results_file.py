@@ -1,0 +1,128 @@
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from producer.results_file import ResultsFile, encode_result
+from protocol.errors import ConfigurationError
+from protocol.requests import Answer, Failure, Result
+from protocol.sampling import SamplingParams, resolve
+
+ANSWER = Result(
+    line=3,
+    sample=1,
+    custom_id="a",
+    answer=Answer(text="Grüße\n", finish_reason="stop", prompt_tokens=4, completion_tokens=2),
+    is_cached=True,
+    params=resolve(SamplingParams(temperature=0), max_tokens=16),
+)
+FAILURE = Result(line=4, failure=Failure("invalid_json", "no"))
+
+
+def test_answer_is_written_with_every_key_in_order() -> None:
+    assert encode_result(ANSWER).decode() == (
+        '{"line":3,"sample":1,"custom_id":"a","text":"Grüße\\n","finish_reason":"stop",'
+        '"usage":{"prompt_tokens":4,"completion_tokens":2},"cached":true,"error":null,'
+        '"params":{"max_tokens":16,"temperature":0.0,"top_p":1.0,"top_k":0,"seed":null,"n":1,"stop":[],'
+        '"ignore_eos":false}}\n'
+    )
+
+
+def test_failure_has_the_same_keys() -> None:
+    written = json.loads(encode_result(FAILURE))
+
+    assert list(written) == list(json.loads(encode_result(ANSWER)))
+    assert written["error"] == {"code": "invalid_json", "message": "no"}
+    assert (written["text"], written["usage"], written["params"]) == (None, None, None)
+
+
+def test_file_appears_whole_with_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "results.jsonl"
+
+    with ResultsFile(path) as file:
+        file.write(ANSWER)
+        file.write(FAILURE)
+        assert not path.exists()
+
+    assert path.read_bytes() == encode_result(ANSWER) + encode_result(FAILURE)
+    assert os.listdir(path.parent) == ["results.jsonl"]
+
+
+def test_new_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
+    with ResultsFile(tmp_path / "results.jsonl"):
+        pass
+    (tmp_path / "other").write_text("")
+
+    assert (tmp_path / "results.jsonl").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text("old")
+
+    def write_and_fail() -> None:
+        with ResultsFile(path) as file:
+            file.write(ANSWER)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_and_fail()
+
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["results.jsonl"]
+
+
+def test_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target")
+
+    with ResultsFile(tmp_path / "link") as file:
+        file.write(FAILURE)
+
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_bytes() == encode_result(FAILURE)
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[tuple[Path, int]]:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    yield path, reader
+    os.close(reader)
+
+
+def test_pipe_is_written_to_and_not_replaced(pipe: tuple[Path, int]) -> None:
+    path, reader = pipe
+
+    with ResultsFile(path) as file:
+        file.write(FAILURE)
+
+    assert os.read(reader, 4096) == encode_result(FAILURE)
+    assert path.is_fifo()
+
+
+def test_folder_as_target_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="it is a folder"), ResultsFile(tmp_path):
+        pass
+
+
+def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ConfigurationError, match="cannot write the results"), ResultsFile(tmp_path / "file" / "out"):
+        pass
+
+
+def test_full_disk_at_the_end_is_reported_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+    with pytest.raises(ConfigurationError, match="No space left"), ResultsFile(tmp_path / "results.jsonl") as file:
+        file.write(ANSWER)
+
+    assert os.listdir(tmp_path) == []
