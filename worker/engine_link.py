@@ -82,16 +82,16 @@ class EngineLink:
     def _launch(self) -> tuple[EngineReady, socket.socket]:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "worker.engine.process", "--fd", str(theirs.fileno())]
+        command += ["--settings", msgspec.json.encode(self._settings).decode()]
         with theirs:
             self._process = subprocess.Popen(
                 command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=self._environment()
             )
         try:
-            # The settings are the first bytes on the socket, so that nothing about the model is in the process list.
-            ours.sendall(_framed(msgspec.json.encode(self._settings)))
             ours.settimeout(self._start_timeout_s)
             frame = receive_frame(ours)
         except TimeoutError:
+            ours.close()
             self._reap()
             raise EngineDied(
                 f"the model was not loaded within {self._start_timeout_s:.0f} s; raise MILLRACE_ENGINE_START_SECONDS"
@@ -118,20 +118,18 @@ class EngineLink:
     def _run(self) -> None:
         num_failed = 0
         while True:
-            if self._read_until_end():
-                num_failed = 0
+            num_failed = 0 if self._read_until_end() else num_failed + 1
             if self._is_stopping.is_set():
                 return
             logger.error("the engine process ended with exit code %s; starting another", self._reap())
             self._on_death()
-            while not self._restart(num_failed):
+            while num_failed < len(_RESTART_DELAYS_S) and not self._restart(_RESTART_DELAYS_S[num_failed]):
                 num_failed += 1
                 if self._is_stopping.is_set():
                     return
-                if num_failed == len(_RESTART_DELAYS_S):
-                    self._on_fatal(f"the engine could not be started {num_failed} times in a row")
-                    return
-            num_failed += 1
+            if num_failed == len(_RESTART_DELAYS_S):
+                self._on_fatal(f"the engine failed {num_failed} times in a row without finishing a step")
+                return
 
     def _read_until_end(self) -> bool:
         """Hand on steps until end-of-file; True when there was at least one."""
@@ -149,8 +147,8 @@ class EngineLink:
         self._close()
         return any_step
 
-    def _restart(self, num_failed: int) -> bool:
-        if self._is_stopping.wait(_RESTART_DELAYS_S[num_failed]):
+    def _restart(self, delay_s: float) -> bool:
+        if self._is_stopping.wait(delay_s):
             return False
         try:
             ready, sock = self._launch()
@@ -188,7 +186,3 @@ class EngineLink:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
-
-
-def _framed(body: bytes) -> bytes:
-    return len(body).to_bytes(4, "little") + body

@@ -146,7 +146,7 @@ class Generations:
 
     def on_step(self, frame: StepFrame) -> None:
         """Apply one step's tokens; finished generations leave the registry."""
-        done: list[tuple[Generation, Answer]] = []
+        done: list[tuple[Generation, Answer | Failure]] = []
         cut: list[tuple[int, int]] = []
         with self._lock:
             seq_ids = np.frombuffer(frame.seq_ids, dtype="<i8").tolist()
@@ -169,13 +169,17 @@ class Generations:
                 text = self._tokenizer.decode(generation.prompt_ids, shown)
                 done.append((generation, self._answer(generation, reason, text)))
                 self._remove(generation)
-            for generation, answer in done:
-                if generation.key is not None:
-                    self._uncommitted[generation.key] = answer
+            for seq_id, message in frame.refused:
+                if (generation := self._live.get(seq_id)) is not None:
+                    done.append((generation, Failure("engine_refused", message)))
+                    self._remove(generation)
+            for generation, outcome in done:
+                if generation.key is not None and isinstance(outcome, Answer):
+                    self._uncommitted[generation.key] = outcome
         if cut:
             self._send(Intake(finish=cut))
-        for generation, answer in done:
-            self._on_done(generation, answer)
+        for generation, outcome in done:
+            self._on_done(generation, outcome)
 
     def committed(self, keys: Iterable[bytes]) -> None:
         """These answers can be found in the database from now on."""
