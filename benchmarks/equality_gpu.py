@@ -1,0 +1,272 @@
+"""Is the engine's greedy text on this device what the model itself says? And a first figure of its speed.
+
+    python3 -m benchmarks.equality_gpu [--device cuda] [--attention flash-attn-2]
+
+Each family's random-weight model runs through the engine in 16 bits; then prompt and output are put through the same
+model in float32 (the reference) and, plainly, in 16 bits (which gives the logit error of that arithmetic). A token
+other than the reference's best must be within twice that error of it, else it is unexplained. Prints a table, then one
+JSON object as the last line; exit code 1 when a token is unexplained or nothing could be compared.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from protocol.frames import NewSequence
+from protocol.settings import EngineSettings
+from worker.engine.engine import Engine
+from worker.engine.loader import LoadedModel, adopt, load_model
+from worker.engine.sampler import Draws, exponential
+
+BUNDLED = Path(__file__).parents[1] / "models" / "millrace-tiny"
+FAMILIES = ("llama", "qwen3", "gpt2")
+#: Output tokens per prompt of the equality part.
+NUM_OUTPUT_TOKENS = 64
+
+
+def build(family: str, shape: dict[str, int], device: torch.device, dtype: torch.dtype) -> Any:
+    """A random-weight model with weights wide enough that its texts vary."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    torch.manual_seed(0)
+    with torch.device(device):
+        if family == "gpt2":
+            layers, vocab = shape["num_hidden_layers"], shape["vocab_size"]
+            gpt2 = {"n_embd": hidden, "n_head": heads, "n_layer": layers, "n_positions": 2048, "vocab_size": vocab}
+            model = GPT2LMHeadModel(GPT2Config(**tokens, **gpt2))
+        elif family == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**tokens, **shape, max_position_embeddings=2048))
+        else:
+            model = Qwen3ForCausalLM(Qwen3Config(**tokens, **shape, max_position_embeddings=2048))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.2 * hidden**-0.5)
+    return model.to(dtype).eval()
+
+
+def shape_of(family: str, is_small: bool) -> dict[str, int]:
+    head_dim = 128 if family == "qwen3" else 64
+    if is_small:
+        shape = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    else:
+        heads = 12 if family == "gpt2" else 16
+        hidden = heads * 64
+        shape = {"vocab_size": 8192, "hidden_size": hidden, "num_hidden_layers": 8, "num_attention_heads": heads}
+    if family == "gpt2":
+        return shape
+    kv_heads = shape["num_attention_heads"] // 2
+    shape |= {"intermediate_size": 3 * shape["hidden_size"], "num_key_value_heads": kv_heads}
+    return shape | ({"head_dim": head_dim} if family == "qwen3" else {})
+
+
+def generate(engine: Engine, prompts: list[list[int]], num_tokens: int, wave: int) -> list[list[int]]:
+    """Greedy outputs; `wave` prompts arrive every second step, so that every kind of step occurs."""
+    outputs: list[list[int]] = [[] for _ in prompts]
+    pending = list(enumerate(prompts))
+    while pending or engine.has_work:
+        for i, prompt in pending[:wave]:
+            ids = np.array(prompt, dtype="<i4").tobytes()
+            engine.add(NewSequence(i, ids, num_tokens, (), 0.0, 1.0, 0, 0, 0))
+        del pending[:wave]
+        for _ in range(2):
+            frame = engine.step()
+            if frame is not None:
+                assert not frame.refused, frame.refused
+                seq_ids, token_ids = np.frombuffer(frame.seq_ids, "<i8"), np.frombuffer(frame.token_ids, "<i4")
+                for seq_id, token_id in zip(seq_ids.tolist(), token_ids.tolist(), strict=True):
+                    outputs[seq_id].append(token_id)
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+    return outputs
+
+
+@torch.inference_mode()
+def compare(model: Any, prompts: list[list[int]], outputs: list[list[int]]) -> dict[str, float]:
+    """The engine's tokens against a float32 forward of the whole text, one text at a time."""
+    device = model.get_input_embeddings().weight.device
+    model.set_attn_implementation("sdpa")
+    exact = copy.deepcopy(model).float()
+    deficits, plain_differing, worst, total_error, distinct = [], 0, 0.0, 0.0, set()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        text = torch.tensor([prompt + output], device=device)
+        expected = exact(text, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # (tokens, vocab)
+        plain = model(text, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        best = expected.max(dim=-1)
+        chosen = expected.gather(1, torch.tensor(output, device=device)[:, None]).squeeze(1)
+        deficits.append((best.values - chosen).cpu())
+        plain_differing += int((plain.argmax(dim=-1) != best.indices).sum())
+        error = (plain - expected).abs()
+        worst, total_error = max(worst, float(error.max())), total_error + float(error.mean(dim=-1).sum())
+        distinct.update(output)
+    deficit = torch.cat(deficits)
+    return {
+        "tokens": len(deficit),
+        "distinct": len(distinct),
+        "differing": int((deficit > 0).sum()),
+        "plain_differing": plain_differing,
+        "unexplained": int((deficit > 2 * worst).sum()),
+        "largest_deficit": float(deficit.max()),
+        "logit_error": worst,
+        "mean_logit_error": total_error / len(deficit),
+        "logit_spread": float(expected.std()),
+    }
+
+
+def check_family(loaded: LoadedModel, settings: EngineSettings, num_prompts: int, max_prompt: int) -> dict[str, Any]:
+    rng = random.Random(0)
+    vocab_size = loaded.vocab_size
+    max_prompt = min(max_prompt, loaded.max_model_len - NUM_OUTPUT_TOKENS)
+    prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(1, max_prompt))] for _ in range(num_prompts)]
+    engine = Engine(loaded, settings)
+    outputs = generate(engine, prompts, NUM_OUTPUT_TOKENS, wave=4)
+    counts: dict[str, Any] = {"backend": engine.backend.name, "preemptions": engine.scheduler.num_preemptions}
+    return counts | compare(loaded.model, prompts, outputs)
+
+
+def check_sync(engine: Engine) -> None:
+    """A launch that waits for the device raises from here on."""
+    launch = engine.runner.launch
+
+    def watched(plan: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(plan)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine.runner.launch = watched  # type: ignore[method-assign]
+
+
+def measure_speed(settings: EngineSettings, device: torch.device, dtype: torch.dtype, is_small: bool) -> dict[str, Any]:
+    """Output tokens per second of a Qwen3-0.6B-shaped model, eager, everything arriving at once."""
+    shape = shape_of("qwen3", is_small=True)
+    if not is_small:
+        shape = {
+            "vocab_size": 151_936,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        }
+    num, num_in, num_out = (8, 16, 16) if is_small else (64, 128, 128)
+    engine = Engine(adopt(build("qwen3", shape, device, dtype), settings), settings)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(shape["vocab_size"]) for _ in range(num_in)] for _ in range(num)]
+    generate(engine, prompts, 8, wave=num)
+    started = time.perf_counter()
+    outputs = generate(engine, prompts, num_out, wave=num)
+    elapsed = time.perf_counter() - started
+    num_tokens = sum(map(len, outputs))
+    figures: dict[str, Any] = {
+        "requests": num,
+        "output_tokens": num_tokens,
+        "seconds": round(elapsed, 3),
+        "output_tokens_per_second": round(num_tokens / elapsed, 1),
+        "milliseconds_per_step": round(1000 * elapsed / num_out, 3),
+        "kv_tokens": engine.scheduler.blocks.capacity,
+        "backend": engine.backend.name,
+    }
+    if device.type == "cuda":
+        check_sync(engine)
+        generate(engine, prompts, 8, wave=4)
+        figures["launch_waits"] = False
+    return figures
+
+
+def check_noise(device: torch.device) -> dict[str, float]:
+    """Draws must not depend on the device: its variates against the CPU's."""
+
+    def variates(where: torch.device) -> torch.Tensor:
+        rows = torch.arange(16, device=where)
+        floats = torch.ones(16, device=where)
+        draws = Draws(rows, None, floats, floats, rows, rows * 7 - 50, rows % 3, rows * 11)
+        return exponential(draws, 50_000).cpu()
+
+    here, there = variates(torch.device("cpu")), variates(device)
+    return {"largest_relative_difference": float(((here - there).abs() / here).max())}
+
+
+def attempt(name: str, failures: dict[str, str], action: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """A part that fails is reported and the others still run."""
+    print(f"-- {name}", flush=True)
+    try:
+        return action()
+    except Exception as error:
+        traceback.print_exc(file=sys.stdout)
+        failures[name] = f"{type(error).__name__}: {error}"
+        return None
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--attention", default="auto", help="auto, sdpa or flash-attn-2")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    arguments = parser.parse_args()
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    is_small = device.type == "cpu"
+    common = {"device": arguments.device, "attention": arguments.attention, "dtype": arguments.dtype}
+    # A small budget and a cache of a few dozen blocks: chunked prefill beside decode, and preemption, all occur.
+    settings = EngineSettings(**common, max_batch_tokens=512, kv_tokens=512 if is_small else 12_288, lookahead=1)
+    size = {"num_prompts": 12 if is_small else 96, "max_prompt": 100 if is_small else 700}
+    failures: dict[str, str] = {}
+    families: dict[str, dict[str, Any]] = {}
+
+    def random_family(family: str) -> dict[str, Any]:
+        model = build(family, shape_of(family, is_small), device, dtype)
+        return check_family(adopt(model, settings), settings, **size)
+
+    for family in FAMILIES:
+        if counts := attempt(family, failures, lambda family=family: random_family(family)):  # type: ignore[misc]
+            families[family] = counts
+    if (BUNDLED / "model.safetensors").is_file():
+        bundled = attempt("bundled", failures, lambda: check_family(load_model(BUNDLED, settings), settings, **size))
+        if bundled:
+            families["bundled"] = bundled
+    noise = attempt("noise", failures, lambda: check_noise(device))
+    speed_settings = EngineSettings(**common, memory_fraction=0.5)
+    speed = attempt("speed", failures, lambda: measure_speed(speed_settings, device, dtype, is_small))
+
+    for name, counts in families.items():
+        print(f"\n{name}: " + ", ".join(f"{key} {_short(value)}" for key, value in counts.items()))
+    print(f"\nspeed: {speed}\nnoise: {noise}\nfailures: {failures or 'none'}")
+    unexplained = sum(counts["unexplained"] for counts in families.values())
+    summary = {
+        "families": families,
+        "tokens": sum(counts["tokens"] for counts in families.values()),
+        "differing": sum(counts["differing"] for counts in families.values()),
+        "unexplained": unexplained,
+        "speed": speed,
+        "noise": noise,
+        "failures": failures,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "torch": str(torch.__version__),
+    }
+    print(json.dumps(summary))
+    return 1 if unexplained or not families else 0
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
