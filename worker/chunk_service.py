@@ -63,8 +63,7 @@ class ChunkService:
         )
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._on_credit = on_credit
-        self._tokenizer = Tokenizer(model_folder)
-        self._defaults = read_model_defaults(model_folder, self._tokenizer.eos_token_id)
+        self._model_folder = model_folder
         self._committer = Committer(
             self._ledger,
             self._cache,
@@ -72,15 +71,12 @@ class ChunkService:
             on_finished=self._finish,
             on_lost=self._drop,
         )
-        self._generations = Generations(
-            self._tokenizer, self._defaults.stop_token_ids, lambda intake: self._link.send(intake), self._settle
-        )
         self._link = EngineLink(
             settings.engine,
             settings.engine_start_seconds,
-            on_ready=self._generations.resend,
-            on_step=self._generations.on_step,
-            on_death=self._generations.on_engine_death,
+            on_ready=lambda connect: self._generations.resend(connect),
+            on_step=lambda frame: self._generations.on_step(frame),
+            on_death=lambda: self._generations.on_engine_death(),
             on_fatal=on_fatal,
         )
         self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
@@ -96,12 +92,21 @@ class ChunkService:
     def start(self) -> None:
         """Blocks until the engine is ready. Raises ConfigurationError, EngineDied or DatabaseUnavailable."""
         self._ledger.check_schema()
-        self.engine = self._link.start()
+        self._link.spawn()
+        try:
+            # Loading the tokenizer takes seconds too, and the engine does not need it.
+            tokenizer = Tokenizer(self._model_folder)
+            defaults = read_model_defaults(self._model_folder, tokenizer.eos_token_id)
+            self._generations = Generations(tokenizer, defaults.stop_token_ids, self._link.send, self._settle)
+            self.engine = self._link.start()
+        except BaseException:
+            self._link.stop()
+            raise
         self._preparation = Preparation(
             ledger=self._ledger,
             cache=self._cache,
-            tokenizer=self._tokenizer,
-            defaults=self._defaults,
+            tokenizer=tokenizer,
+            defaults=defaults,
             fingerprint=self.engine.fingerprint,
             context_tokens=min(self.engine.max_model_len, self.engine.kv_tokens),
             generations=self._generations,

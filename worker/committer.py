@@ -85,6 +85,7 @@ class Committer:
                 except Exception:
                     # Whoever holds the lease next computes these rows; a dead committer would hold up all others.
                     logger.exception("a commit failed: its Chunks are given up until their leases expire")
+                    self._on_committed([row.key for row in rows if row.key is not None])
                     for chunk in {row.chunk for row in rows}:
                         self._on_lost(chunk)
             if is_last:

@@ -45,6 +45,7 @@ class EngineLink:
         self._start_timeout_s = start_timeout_s
         self._on_ready, self._on_step, self._on_death, self._on_fatal = on_ready, on_step, on_death, on_fatal
         self._process: subprocess.Popen[bytes] | None = None
+        self._spawned: socket.socket | None = None  # to a process that is not ready yet
         self._socket: socket.socket | None = None
         self._send_lock = threading.Lock()
         self._is_stopping = threading.Event()
@@ -54,11 +55,16 @@ class EngineLink:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
+    def spawn(self) -> None:
+        """Starts the process; the model loads in it while the caller does something else."""
+        self._spawned = self._spawn()
+
     def start(self) -> EngineReady:
         """Blocks until the model is loaded. Raises ConfigurationError or EngineDied when it cannot be."""
-        ready, sock = self._launch()
+        assert self._spawned is not None, "spawn first"
+        ready = self._await_ready(self._spawned)
         self._fingerprint = ready.fingerprint
-        self._connect(sock)
+        self._connect(self._spawned)
         self._thread.start()
         return ready
 
@@ -75,11 +81,13 @@ class EngineLink:
     def stop(self) -> None:
         """Ends the engine: it sees end-of-file; one that does not heed it is killed."""
         self._is_stopping.set()
+        if self._socket is None and self._spawned is not None:
+            self._spawned.close()
         self._close()
         if self._thread.is_alive():
             self._thread.join(_STOP_GRACE_S)
 
-    def _launch(self) -> tuple[EngineReady, socket.socket]:
+    def _spawn(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "worker.engine.process", "--fd", str(theirs.fileno())]
         command += ["--settings", msgspec.json.encode(self._settings).decode()]
@@ -87,6 +95,9 @@ class EngineLink:
             self._process = subprocess.Popen(
                 command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=self._environment()
             )
+        return ours
+
+    def _await_ready(self, ours: socket.socket) -> EngineReady:
         try:
             ours.settimeout(self._start_timeout_s)
             frame = receive_frame(ours)
@@ -102,10 +113,10 @@ class EngineLink:
             ours.settimeout(None)
             logger.info(
                 "engine ready: pid %d, %s, %s, attention %s, context %d tokens, KV cache %d tokens",
-                self._process.pid, frame.device, frame.dtype, frame.attention_backend, frame.max_model_len,
+                self.pid, frame.device, frame.dtype, frame.attention_backend, frame.max_model_len,
                 frame.kv_tokens,
             )  # fmt: skip
-            return frame, ours
+            return frame
         ours.close()
         code = self._reap()
         if isinstance(frame, EngineFailed):
@@ -151,7 +162,8 @@ class EngineLink:
         if self._is_stopping.wait(delay_s):
             return False
         try:
-            ready, sock = self._launch()
+            sock = self._spawn()
+            ready = self._await_ready(sock)
         except (ConfigurationError, EngineDied) as error:
             logger.error("the engine did not start: %s", error)
             return False
