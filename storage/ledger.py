@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, exc, make_url
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, Table, create_engine, event, exc, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 
 from protocol.errors import ConfigurationError, DatabaseUnavailable, MillraceError
@@ -155,14 +155,25 @@ def _make_engine(url: URL) -> Engine:
         return engine
     if url.get_backend_name() != "postgresql":
         raise ConfigurationError(f"{url.get_backend_name()} databases are not supported: use SQLite or PostgreSQL")
-    defaults = {"connect_timeout": _CONNECT_TIMEOUT_S, "application_name": "millrace"}
-    return create_engine(
+    defaults: dict[str, Any] = {"connect_timeout": _CONNECT_TIMEOUT_S, "application_name": "millrace"}
+    engine = create_engine(
         url,
         hide_parameters=True,
         isolation_level="READ COMMITTED",
         pool_pre_ping=True,
         connect_args={name: value for name, value in defaults.items() if name not in url.query},
     )
+    event.listen(engine, "handle_error", _hide_row)
+    return engine
+
+
+def _hide_row(context: ExceptionContext) -> None:
+    # PostgreSQL appends the whole failing row as the error's detail, and psycopg makes it part of the message.
+    primary = getattr(getattr(context.original_exception, "diag", None), "message_primary", None)
+    if primary and context.sqlalchemy_exception is not None:
+        told = str(context.original_exception)
+        context.sqlalchemy_exception.args = (str(context.sqlalchemy_exception.args[0]).replace(told, primary),)
+        context.original_exception.args = (primary,)
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
@@ -173,10 +184,22 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
     cursor.execute("PRAGMA foreign_keys = ON")
     # In WAL mode only FULL makes a committed Result survive a power cut.
     cursor.execute("PRAGMA synchronous = FULL")
-    # Already in the file after the first time; switching needs the file alone, asking does not.
     if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-        cursor.execute("PRAGMA journal_mode = WAL")
+        _switch_to_wal(cursor)
     cursor.close()
+
+
+def _switch_to_wal(cursor: sqlite3.Cursor) -> None:
+    # Only a new file needs it, but then for a moment alone, and SQLite does not apply the busy timeout to that.
+    deadline = time.monotonic() + _BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(random.uniform(0.005, 0.02))
 
 
 def _begin_sqlite(connection: Connection) -> None:

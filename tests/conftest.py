@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -144,14 +145,20 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def ledger(database_url: str) -> "Iterator[Ledger]":
-    """A migrated, empty Ledger; once on each kind of database."""
+def open_ledger() -> "Iterator[Callable[[str], Ledger]]":
+    """Makes Ledgers, not migrated, that are closed after the test."""
     from storage.ledger import Ledger
 
-    ledger = Ledger(database_url)
+    with ExitStack() as stack:
+        yield lambda url: stack.enter_context(closing(Ledger(url)))
+
+
+@pytest.fixture
+def ledger(database_url: str, open_ledger: "Callable[[str], Ledger]") -> "Ledger":
+    """A migrated, empty Ledger; once on each kind of database."""
+    ledger = open_ledger(database_url)
     ledger.migrate()
-    yield ledger
-    ledger.close()
+    return ledger
 
 
 def _absent(reason: str) -> NoReturn:
@@ -183,9 +190,8 @@ def _make_template(cluster: PostgresCluster) -> None:
     from storage.ledger import Ledger
 
     cluster.execute("CREATE DATABASE template_ledger")
-    ledger = Ledger(cluster.url("template_ledger"))
-    ledger.migrate()
-    ledger.close()
+    with closing(Ledger(cluster.url("template_ledger"))) as ledger:
+        ledger.migrate()
 
 
 class _running:  # noqa: N801  (reads as a statement)

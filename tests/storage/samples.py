@@ -1,6 +1,7 @@
 """Jobs, Chunks and Results as the storage tests need them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sqlalchemy import insert, select, update
@@ -68,3 +69,10 @@ def add_many_chunks(ledger: Ledger, job: Job, num_chunks: int, *, state: str = "
 
 def num_rows(ledger: Ledger, table: Any = jobs) -> int:
     return ledger.read(lambda connection: len(connection.execute(select(table)).all()))
+
+
+def run_threads(targets: Sequence[Callable[[], object]]) -> None:
+    """Run these at the same time and wait for all; the first error of any of them is raised here."""
+    with ThreadPoolExecutor(max_workers=len(targets)) as pool:
+        for future in [pool.submit(target) for target in targets]:
+            future.result()

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import re
+from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -64,8 +65,10 @@ def test_check_schema_accepts_a_migrated_database_and_migrating_again_changes_no
     assert ledger.read(_catalogue) == before
 
 
-def test_check_schema_names_the_command_when_there_is_no_sqlite_file(tmp_path: Path) -> None:
-    ledger = Ledger(f"sqlite:///{tmp_path}/none.db")
+def test_check_schema_names_the_command_when_there_is_no_sqlite_file(
+    tmp_path: Path, open_ledger: Callable[[str], Ledger]
+) -> None:
+    ledger = open_ledger(f"sqlite:///{tmp_path}/none.db")
     with pytest.raises(ConfigurationError, match="millrace migrate"):
         ledger.check_schema()
     assert not list(tmp_path.iterdir())
