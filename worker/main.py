@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from typing import Any
 
 from protocol.celery_app import bulk_queue, make_app
@@ -69,6 +70,8 @@ def _log_to_stderr(level: str) -> None:
     # Celery's tracer times only itself, since the engine is done when it runs; the worker logs Chunks with true times.
     logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
     logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
+    # Celery warns of root because of pickle, which is never accepted here; containers run as root all the time.
+    warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
 
 
 def _follow_parent() -> None:
