@@ -12,7 +12,7 @@ from producer.doorbell import Doorbell
 from producer.identity import job_identity
 from producer.lines import LineReader
 from producer.source import Input, Source
-from protocol.errors import SubmissionConflict
+from protocol.errors import JobNotFound, SubmissionConflict
 from protocol.requests import Request, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
@@ -20,6 +20,7 @@ from storage.jobs import (
     Job,
     JobStatus,
     append_chunk,
+    close_job_if_done,
     find_job,
     intake_position,
     job_status,
@@ -35,6 +36,7 @@ from storage.results import read_results
 T = TypeVar("T")
 
 UNSET_PARAMS = SamplingParams()
+ENDED = ("finished", "cancelled")
 
 #: Seconds between two looks at the ledger, at first and at most.
 _FIRST_POLL_S = 0.05
@@ -78,7 +80,7 @@ class Client:
 
     def submit(
         self,
-        source: Input,
+        source: Input | Source,
         *,
         name: str | None = None,
         params: SamplingParams = UNSET_PARAMS,
@@ -95,18 +97,28 @@ class Client:
         name, SubmissionConflict when the name stands for another Job or somebody else is submitting the same.
         """
         params.validate()
+        content = source if isinstance(source, Source) else Source(source)
         model = self.settings.served_model
-        content = Source(source)
-        identity = name if name is not None else job_identity(content.digest(), params, model)
+        identity = self._identity(content, name, params)
         job, _ = open_job(self._ledger, tenant=self.settings.tenant, identity=identity, model=model, params=params)
-        if (job.model, job.params) != (model, params):
-            raise SubmissionConflict(
-                f"the Job {identity!r} exists with another model or other parameters ({job.model}, id {job.id}): give "
-                "this one another name"
-            )
+        self._check_same(job, params)
         if job.state == "submitting":
             self._take_in(job, content, model_names or (model,), on_progress)
         return self.find(job.id)
+
+    def find_same(
+        self, source: Input | Source, *, name: str | None = None, params: SamplingParams = UNSET_PARAMS
+    ) -> Job | None:
+        """The Job that `submit` would go on with, if there is one. Raises as `submit` does."""
+        identity = self._identity(source if isinstance(source, Source) else Source(source), name, params)
+        try:
+            job = self.find(identity)
+        except JobNotFound:
+            return None
+        if job.identity != identity:  # a name that happens to begin another Job's id
+            return None
+        self._check_same(job, params)
+        return job
 
     def find(self, name: str) -> Job:
         """The Job with this id, this beginning of an id, or this name. Raises JobNotFound."""
@@ -125,10 +137,10 @@ class Client:
         job_id = self._id(job)
         pauses = _Pauses()
         while True:
-            status = pauses.timed(lambda: job_status(self._ledger, job_id))
+            status = pauses.timed(lambda: self._look(job_id))
             if on_progress is not None:
                 on_progress(status)
-            if status.job.state in ("finished", "cancelled"):
+            if status.job.state in ENDED:
                 return status
             pauses.pause()
 
@@ -142,7 +154,7 @@ class Client:
         pauses = _Pauses()
         while True:
             # In this order: a Job that has ended before the position was read has no Results beyond it.
-            is_last = not wait or job_status(self._ledger, job_id).job.state in ("finished", "cancelled")
+            is_last = not wait or self._look(job_id).job.state in ENDED
             settled = pauses.timed(lambda: settled_position(self._ledger, job_id)) if not is_last else None
             for result in self._stored(job_id, after, settled):
                 after = (result.line, result.sample)
@@ -157,6 +169,24 @@ class Client:
         found = self.find(self._id(job))
         for chunk_id in unclaimed_chunks(self._ledger, found.id):
             self._doorbell.ring(chunk_id, found.model)
+
+    def _identity(self, content: Source, name: str | None, params: SamplingParams) -> str:
+        return name if name is not None else job_identity(content.digest(), params, self.settings.served_model)
+
+    def _check_same(self, job: Job, params: SamplingParams) -> None:
+        if (job.model, job.params) != (self.settings.served_model, params):
+            raise SubmissionConflict(
+                f"the Job {job.identity!r} exists with another model or other parameters (id {job.id}, model "
+                f"{job.model}): give this one another name"
+            )
+
+    def _look(self, job_id: str) -> JobStatus:
+        status = job_status(self._ledger, job_id)
+        if status.job.state != "running" or status.num_chunks_finished < status.num_chunks:
+            return status
+        # The worker that committed the last Chunk may have died before it could close the Job.
+        close_job_if_done(self._ledger, job_id)
+        return job_status(self._ledger, job_id)
 
     def _take_in(
         self, job: Job, content: Source, model_names: Sequence[str], on_progress: Callable[[int], None] | None

@@ -23,23 +23,16 @@ class Source:
         self._file = cast(BinaryIO, given) if hasattr(given, "readline") else None
         self._items: Iterable[bytes] = []
         self._seen: tuple[int, int] | None = None
+        self._digest: str | None = None
         if self._path is None and self._file is None:
             items = (encode_item(item) for item in cast(Iterable[str | Mapping[str, Any]], given))
             self._items = list(items) if isinstance(given, list | tuple) else items
 
     def digest(self) -> str:
         """SHA-256 of the content. Raises ConfigurationError for what can be read only once, or not at all."""
-        if isinstance(self._items, list) and self._path is None and self._file is None:
-            return lines_digest(self._items)
-        if self._path is not None:
-            status = self._status(self._path)
-            if stat.S_ISREG(status.st_mode):
-                self._seen = (status.st_size, status.st_mtime_ns)
-                return file_digest(self._path)
-        raise ConfigurationError(
-            "an input that can be read only once needs a name, under which it can be resumed: --job NAME, or name= in "
-            "Python"
-        )
+        if self._digest is None:
+            self._digest = self._read_digest()
+        return self._digest
 
     @contextmanager
     def lines(self) -> Iterator[Iterator[bytes]]:
@@ -58,6 +51,19 @@ class Source:
             raise ConfigurationError(
                 f"the input {self._path} was changed while it was read: submit it again once it is complete"
             )
+
+    def _read_digest(self) -> str:
+        if isinstance(self._items, list) and self._path is None and self._file is None:
+            return lines_digest(self._items)
+        if self._path is not None:
+            status = self._status(self._path)
+            if stat.S_ISREG(status.st_mode):
+                self._seen = (status.st_size, status.st_mtime_ns)
+                return file_digest(self._path)
+        raise ConfigurationError(
+            "an input that can be read only once needs a name, under which it can be resumed: --job NAME, or name= in "
+            "Python"
+        )
 
     def _status(self, path: Path) -> os.stat_result:
         try:

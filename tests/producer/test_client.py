@@ -55,7 +55,7 @@ def messages(redis_url: str, model: str = MODEL) -> list[dict[str, object]]:
         return [json.loads(raw) for raw in reversed(server.lrange(bulk_queue(model), 0, -1))]
 
 
-def answer_oldest(ledger: Ledger, *, num_samples: int = 1) -> list[int]:
+def answer_oldest(ledger: Ledger, *, num_samples: int = 1, closes_job: bool = True) -> list[int]:
     """Do a worker's work on the oldest Chunk; returns its lines."""
     lease = claim_oldest(ledger, MODEL, "worker", 60, min_age_s=0)
     assert lease is not None
@@ -70,7 +70,8 @@ def answer_oldest(ledger: Ledger, *, num_samples: int = 1) -> list[int]:
         for sample in range(num_samples)
     ]
     commit(ledger, [ChunkCommit(lease, results, is_finished=True)])
-    close_job_if_done(ledger, lease.job_id)
+    if closes_job:
+        close_job_if_done(ledger, lease.job_id)
     return [request.line for request in lease.requests]
 
 
@@ -166,6 +167,20 @@ def test_same_input_again_is_the_same_job_and_publishes_nothing(
     assert client.submit(path).id == first.id
     assert client.submit(str(path)).id == first.id
     assert len(messages(redis_url)) == 1
+
+
+def test_job_of_the_same_input_is_found_without_submitting(client: Client, prompts: Callable[..., Path]) -> None:
+    path = prompts(plain("a"))
+    assert client.find_same(path) is None
+    job = client.submit(path)
+    named = client.submit(path, name="nightly")
+
+    assert client.find_same(path) == job
+    assert client.find_same(path, name="nightly") == named
+    assert client.find_same(path, name=job.id[:4]) is None
+    assert client.find_same(path, params=SamplingParams(seed=1)) is None
+    with pytest.raises(SubmissionConflict):
+        client.find_same(path, name="nightly", params=SamplingParams(seed=1))
 
 
 def test_other_content_parameters_or_model_make_another_job(
@@ -331,6 +346,15 @@ def test_wait_returns_when_the_job_is_cancelled(client: Client, ledger: Ledger) 
     cancel_job(ledger, job.id)
 
     assert client.wait(job).job.state == "cancelled"
+
+
+def test_job_whose_worker_died_before_closing_it_is_closed_by_whoever_waits(client: Client, ledger: Ledger) -> None:
+    waited, read = client.submit(["a"], name="waited"), client.submit(["a"], name="read")
+    answer_oldest(ledger, closes_job=False)
+    answer_oldest(ledger, closes_job=False)
+
+    assert client.wait(waited).is_finished
+    assert lines_of(client.results(read)) == [1]
 
 
 def test_jobs_are_found_by_id_prefix_and_name_and_only_by_their_tenant(settings: Settings, client: Client) -> None:
