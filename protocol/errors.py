@@ -11,6 +11,7 @@ MillraceError
     ├── BrokerUnavailable    Redis does not answer
     ├── DatabaseUnavailable  the SQL database does not answer
     ├── EngineDied           the engine process ended without being asked to
+    ├── WorkerDied           a worker on this machine does not start, or keeps ending without being asked to
     └── LeaseLost            somebody else holds the Chunk by now; what was computed for it is dropped
 
 Anything else that is raised is our bug and is logged with its traceback.
@@ -64,6 +65,10 @@ class DatabaseUnavailable(Unavailable):
 
 class EngineDied(Unavailable):
     """The engine process ended without being asked to."""
+
+
+class WorkerDied(Unavailable):
+    """A worker on this machine does not start, or keeps ending without being asked to."""
 
 
 class LeaseLost(Unavailable):
