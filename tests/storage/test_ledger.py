@@ -17,18 +17,6 @@ from tests.storage.samples import new_job, num_rows, run_threads
 OpenLedger = Callable[[str], Ledger]
 
 
-@pytest.fixture
-def sqlite_ledger(tmp_path: Path, open_ledger: OpenLedger) -> Ledger:
-    ledger = open_ledger(f"sqlite:///{tmp_path}/ledger.db")
-    ledger.migrate()
-    return ledger
-
-
-@pytest.fixture
-def postgres_ledger(postgres_url: str, open_ledger: OpenLedger) -> Ledger:
-    return open_ledger(postgres_url)
-
-
 def test_migrate_creates_the_parent_folders_of_a_sqlite_file(tmp_path: Path, open_ledger: OpenLedger) -> None:
     ledger = open_ledger(f"sqlite:///{tmp_path}/state/of/the/run/ledger.db")
     ledger.migrate()
