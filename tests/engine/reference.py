@@ -14,6 +14,8 @@ from protocol.settings import EngineSettings
 from worker.engine.engine import Engine
 
 FAMILIES = ("llama", "qwen3", "gpt2")
+#: Families with terms of their own in the attention: a window; a window in every other layer, and a softcap.
+SPECIAL_FAMILIES = ("mistral", "gemma2")
 VOCAB_SIZE = 512
 #: Where the reference's best two logits are closer than this, float32 rounding may decide.
 MIN_GAP = 1e-4
@@ -21,7 +23,7 @@ MIN_GAP = 1e-4
 
 def build_model(family: str, seed: int = 0) -> Any:
     """A model of two layers whose weights are wide enough that its texts vary."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     common = {"vocab_size": VOCAB_SIZE, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     decoder = {
@@ -32,13 +34,20 @@ def build_model(family: str, seed: int = 0) -> Any:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
     }
-    torch.manual_seed(seed)
+    config: Any
     if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**common, **decoder))
+        config = transformers.LlamaConfig(**common, **decoder)
     elif family == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**common, **decoder, head_dim=32))
+        config = transformers.Qwen3Config(**common, **decoder, head_dim=32)
+    elif family == "mistral":
+        config = transformers.MistralConfig(**common, **decoder, sliding_window=19)
+    elif family == "gemma2":
+        attention = {"query_pre_attn_scalar": 16, "sliding_window": 19, "attn_logit_softcapping": 2.0}
+        config = transformers.Gemma2Config(**common, **decoder, **attention, head_dim=16, tie_word_embeddings=False)
     else:
-        model = GPT2LMHeadModel(GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=512))
+        config = transformers.GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=512)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -72,7 +81,8 @@ class Reference:
 def make_reference(folder: Path, prompts: list[list[int]], num_tokens: int) -> Reference:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # "eager" computes every family's terms; SDPA leaves a softcap out.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     reference = Reference(prompts)
     for prompt in prompts:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine.reference import (
     FAMILIES,
+    SPECIAL_FAMILIES,
     Reference,
     assert_equal_where_decided,
     drive,
@@ -51,6 +52,19 @@ def test_greedy_text_survives_chunked_prefill_and_preemption(
     assert_equal_where_decided([run.outputs[i] for i in range(len(expected.prompts))], expected)
     assert run.max_step_tokens <= 23
     assert engine.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("family", SPECIAL_FAMILIES)
+def test_greedy_text_honours_windows_and_softcaps(
+    family: str, model_folder: Callable[[str], Path], reference: Callable[[str], Reference]
+) -> None:
+    expected = reference(family)
+    assert expected.num_distinct >= 50
+    engine = Engine.start(settings_for(model_folder(family), lookahead=1, max_batch_tokens=37))
+
+    run = drive(engine, [new_sequence(i, prompt, 40) for i, prompt in enumerate(expected.prompts)])
+
+    assert_equal_where_decided([run.outputs[i] for i in range(len(expected.prompts))], expected)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])

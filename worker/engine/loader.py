@@ -94,6 +94,8 @@ def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if attention.NAME in str(error):  # a model class with attention functions of its own has none of our name
+            raise ConfigurationError(_unsupported(config, "they do not use the AttentionInterface")) from error
         raise ConfigurationError(f"transformers cannot load the model in {folder}: {error}") from error
     return adopt(model.to(device), settings)
 
@@ -109,8 +111,9 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
     config = model.config.get_text_config()
     # Packed rows hold no padding; with a pad token set, transformers looks for it and waits for the device to tell.
     model.config.pad_token_id = config.pad_token_id = None
+    terms, layers = _probe(model, config)
     max_model_len = _max_model_len(config, settings)
-    layers = _probe(model, config, max_model_len)
+    _check_windows(config, terms, max_model_len)
     weight = model.get_input_embeddings().weight
     loaded = LoadedModel(model, weight.device, weight.dtype, max_model_len, config.vocab_size, layers)
     log.info(
@@ -166,46 +169,41 @@ class _ProbeStep:
 
 
 @torch.inference_mode()
-def _probe(model: Any, config: Any, max_model_len: int) -> list[LayerShape]:
+def _probe(model: Any, config: Any) -> tuple[dict[int, AttentionTerms], list[LayerShape]]:
     """Run the same few tokens twice in one packed row; a model fit for packing gives the same logits twice."""
-    kind = f"models of type {config.model_type!r} are not supported"
     device = model.get_input_embeddings().weight.device
-    num_tokens = min(_PROBE_TOKENS, max_model_len)
-    half = torch.arange(num_tokens, device=device)
+    half = torch.arange(min(_PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or 1), device=device)
     step = _ProbeStep()
     try:
-        logits = (
-            model(
-                input_ids=(half * 7 % config.vocab_size).repeat(2).unsqueeze(0),
-                position_ids=half.repeat(2).unsqueeze(0),
-                use_cache=False,
-                **{attention.STEP: step},
-            )
-            .logits[0]
-            .float()
+        output = model(
+            input_ids=(half * 7 % config.vocab_size).repeat(2).unsqueeze(0),
+            position_ids=half.repeat(2).unsqueeze(0),
+            use_cache=False,
+            **{attention.STEP: step},
         )
     except (ConfigurationError, TypeError) as error:
-        raise ConfigurationError(f"{kind} ({error}). Supported are {_SUPPORTED}") from error
+        raise ConfigurationError(_unsupported(config, str(error))) from error
     num_layers = config.num_hidden_layers
     if set(step.shapes) != set(range(num_layers)):
-        raise ConfigurationError(
-            f"{kind}: {len(step.shapes)} of {num_layers} layers use the AttentionInterface. Supported are {_SUPPORTED}"
-        )
-    _check_windows(config, step, max_model_len, kind)
-    first, second = logits.chunk(2)
+        found = f"{len(step.shapes)} of {num_layers} layers use the AttentionInterface"
+        raise ConfigurationError(_unsupported(config, found))
+    first, second = output.logits[0].float().chunk(2)
     if not (first - second).norm() <= _PROBE_TOLERANCE * first.norm():
-        raise ConfigurationError(
-            f"{kind}: packed Sequences influence each other, or positions are ignored. Supported are {_SUPPORTED}"
-        )
-    return [step.shapes[layer] for layer in range(num_layers)]
+        found = "packed Sequences influence each other, or positions are ignored"
+        raise ConfigurationError(_unsupported(config, found))
+    return step.terms, [step.shapes[layer] for layer in range(num_layers)]
 
 
-def _check_windows(config: Any, step: _ProbeStep, max_model_len: int, kind: str) -> None:
+def _check_windows(config: Any, terms: dict[int, AttentionTerms], max_model_len: int) -> None:
     """A layer that leaves its window to the mask, which is not built here, would attend to too much."""
     for layer, layer_type in enumerate(getattr(config, "layer_types", None) or []):
         window = getattr(config, "sliding_window", None)
         matters = window is None or window < max_model_len
-        if layer_type == "sliding_attention" and step.terms[layer].window is None and matters:
-            raise ConfigurationError(f"{kind}: layer {layer} does not name its sliding window")
+        if layer_type == "sliding_attention" and terms[layer].window is None and matters:
+            raise ConfigurationError(_unsupported(config, f"layer {layer} does not name its sliding window"))
         if layer_type not in ("full_attention", "sliding_attention"):
-            raise ConfigurationError(f"{kind}: layer {layer} is of type {layer_type!r}")
+            raise ConfigurationError(_unsupported(config, f"layer {layer} is of type {layer_type!r}"))
+
+
+def _unsupported(config: Any, reason: str) -> str:
+    return f"models of type {config.model_type!r} are not supported ({reason}). Supported are {_SUPPORTED}"
