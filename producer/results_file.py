@@ -64,7 +64,8 @@ def encode_result(result: Result) -> bytes:
 class ResultsFile:
     """A context manager: what is written within appears under `path` at once at the end, or, after an error, not.
 
-    Creates the folder. Raises ConfigurationError when the file cannot be written; that is found out on entering.
+    Creates the folder. Raises ConfigurationError when the file cannot be written, as far as that can be known on
+    entering.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,6 +90,12 @@ class ResultsFile:
             raise ConfigurationError(f"cannot write the results to {self._path}: {error.strerror}") from error
         return self
 
+    def check(self) -> None:
+        """Raises ConfigurationError when the file could not be written: to be asked before hours of work."""
+        if not self._path.exists() or self._path.is_dir() or self._path.is_file():
+            self.__enter__()
+            self._discard()
+
     def write(self, result: Result) -> None:
         """Add one Result."""
         assert self._file is not None
@@ -104,10 +111,15 @@ class ResultsFile:
         except OSError as trouble:
             raise ConfigurationError(f"cannot write the results to {self._path}: {trouble.strerror}") from trouble
         finally:
-            with contextlib.suppress(OSError):
-                self._file.close()
-            if self._temporary is not None:
-                self._temporary.unlink(missing_ok=True)
+            self._discard()
+
+    def _discard(self) -> None:
+        assert self._file is not None
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+            self._temporary = None
 
     def _complete(self, file: BinaryIO) -> None:
         file.flush()

@@ -116,6 +116,16 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_check_finds_what_cannot_be_written_and_leaves_nothing(tmp_path: Path, pipe: tuple[Path, int]) -> None:
+    with pytest.raises(ConfigurationError, match="it is a folder"):
+        ResultsFile(tmp_path).check()
+    ResultsFile(pipe[0]).check()
+
+    ResultsFile(tmp_path / "out" / "results.jsonl").check()
+
+    assert os.listdir(tmp_path / "out") == []
+
+
 def test_full_disk_at_the_end_is_reported_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -1,0 +1,54 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from protocol.sampling import SamplingParams
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the sampling options and hands them to the command as one `params`."""
+
+    @click.option("--max-tokens", type=int, metavar="N", help="Output tokens at most.")
+    @click.option("--temperature", type=float, metavar="T", help="0 is greedy and repeatable.")
+    @click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that make up P.")
+    @click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest tokens.")
+    @click.option("--seed", type=int, metavar="N", help="Makes draws repeatable.")
+    @click.option("--n", type=int, metavar="N", help="Samples per prompt.")
+    @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be given several times.")
+    @wraps(command)
+    def with_params(
+        max_tokens: int | None,
+        temperature: float | None,
+        top_p: float | None,
+        top_k: int | None,
+        seed: int | None,
+        n: int | None,
+        stop: tuple[str, ...],
+        **others: Any,
+    ) -> Any:
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            n=n,
+            stop=stop or None,
+        )
+        params.validate()
+        return command(params=params, **others)
+
+    return with_params
+
+
+job_option = click.option(
+    "--job",
+    "name",
+    metavar="NAME",
+    help="Name the Job; the same name goes on with it, whatever the input. Needed for stdin. "
+    "Default: equal input, options and model are the same Job.",
+)

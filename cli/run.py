@@ -1,0 +1,269 @@
+"""`millrace run`: the whole system on one machine, from a file of prompts to a file of Results."""
+
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cli.options import job_option, sampling_options
+from protocol.errors import ConfigurationError
+from protocol.sampling import SamplingParams
+from protocol.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from producer.client import Client
+    from producer.source import Source
+    from storage.jobs import Job, JobStatus
+    from worker.local.state import StateFolder
+
+#: Seconds between two looks at the processes while lines are taken in.
+_SUPERVISE_INTERVAL_S = 1.0
+#: Hex digits of a model's digest that make its private name: enough to tell a machine's models apart.
+_DIGEST_DIGITS = 12
+
+
+@click.command("run")
+@click.argument("input_path", metavar="INPUT", type=click.Path(allow_dash=True))
+@click.option("-o", "--output", required=True, metavar="OUTPUT", help="The file for the Results; - is stdout.")
+@click.option("--model", metavar="MODEL", help="A folder with a model, or a name on the model hub.")
+@click.option("--model-name", metavar="NAME", help="The name that lines of the input ask for.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
+@click.option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; auto suits the device.")
+@click.option("--state", metavar="DIR", default=".millrace", show_default=True, help="Where ledger and logs are kept.")
+@job_option
+@sampling_options
+def command(
+    input_path: str,
+    output: str,
+    model: str | None,
+    model_name: str | None,
+    device: str | None,
+    dtype: str | None,
+    state: str,
+    name: str | None,
+    params: SamplingParams,
+) -> None:
+    """Answer the prompts of INPUT, a JSONL file or - for stdin, with everything that takes on this machine.
+
+    Starts a private Redis and a worker, and stops them at the end. The same command again goes on where it was
+    stopped, and computes nothing that is known. MILLRACE_BROKER_URL and MILLRACE_DATABASE_URL are not used here.
+
+    \b
+    Example:
+      millrace run prompts.jsonl -o results.jsonl --max-tokens 100 --temperature 0
+    """
+    from producer.source import Source
+    from worker.local.state import StateFolder
+
+    _check_paths(input_path, output)
+    overrides = {"engine.model": model, "model_name": model_name, "engine.device": device, "engine.dtype": dtype}
+    settings = load_settings(overrides)
+    model_names = (settings.served_model, settings.engine.model)
+    source = Source(sys.stdin.buffer if input_path == "-" else Path(input_path))
+    if name is None:
+        source.digest()  # refuses stdin before anything is started
+    with _sigterm_as_interrupt(), StateFolder(Path(state)) as folder:
+        private = _private_settings(settings, folder)
+        run = _Run(private, folder, source, name, params, model_names)
+        started = time.monotonic()
+        job, is_computed = run.ensure_results()
+        prompts = _first_prompts(Path(input_path), model_names) if input_path != "-" else {}
+        run.write(job, output, prompts, None if not is_computed else time.monotonic() - started)
+
+
+class _Run:
+    def __init__(
+        self,
+        settings: Settings,
+        folder: "StateFolder",
+        source: "Source",
+        name: str | None,
+        params: SamplingParams,
+        model_names: tuple[str, ...],
+    ) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._source = source
+        self._name = name
+        self._params = params
+        self._model_names = model_names
+
+    def ensure_results(self) -> "tuple[Job, bool]":
+        """Bring the Job to its end; False when it was there already, in which case nothing is started."""
+        from producer.client import Client
+
+        with Client(self._settings) as client:
+            job = client.find_same(self._source, name=self._name, params=self._params)
+            if job is not None and job.state in ("finished", "cancelled"):
+                return job, False
+        try:
+            return self._compute(), True
+        except KeyboardInterrupt:
+            self._say_how_to_go_on()
+            raise
+
+    def write(self, job: "Job", output: str, prompts: dict[int, str], seconds: float | None) -> None:
+        """Write all Results to the output, and on stdout (stderr when the Results are there) what became of them."""
+        from cli.summary import Summary
+        from producer.client import Client
+        from producer.results_file import ResultsFile, encode_result
+
+        summary = Summary(prompts)
+        with Client(self._settings) as client:
+            status = client.status(job)
+            results = client.results(job, wait=False)
+            if output == "-":
+                for result in results:
+                    sys.stdout.buffer.write(encode_result(result))
+                    summary.add(result)
+                sys.stdout.buffer.flush()
+            else:
+                with ResultsFile(Path(output)) as file:
+                    for result in results:
+                        file.write(result)
+                        summary.add(result)
+        if seconds is None:
+            how = f"nothing was computed: the Job {job.id} was complete before"
+        else:
+            how = f"the Job {job.id} took {seconds:,.1f} s"
+        parts = [summary.text(status, output), how]
+        if output != "-" and summary.first_answers():
+            parts += ["", summary.first_answers()]
+        click.echo("\n".join(parts), err=output == "-")
+
+    def _compute(self) -> "Job":
+        from cli.progress import Progress
+        from producer.client import Client
+        from worker.local.system import LocalSystem
+
+        with Progress() as progress:
+            progress.say(f"starting Redis and a worker with {self._settings.engine.model}; logs in {self._folder.path}")
+            with (
+                LocalSystem(self._folder, self._settings, _worker_command(), _worker_environ()) as system,
+                Client(system.settings) as client,
+            ):
+
+                def look(status: "JobStatus") -> None:
+                    system.supervise(status.num_ok + status.num_error)
+                    progress.show(status)
+
+                try:
+                    job = self._submit(client, look)
+                    client.wait(job, on_progress=look)
+                except KeyboardInterrupt:
+                    progress.say("stopping in order; once more stops at once")
+                    raise
+                return job
+
+    def _submit(self, client: "Client", look: "Callable[[JobStatus], None]") -> "Job":
+        known = client.find_same(self._source, name=self._name, params=self._params)
+        if known is not None:
+            # The Redis that knew of these Chunks is gone, and without messages other Jobs' older Chunks came first.
+            client.announce(known)
+        last_look = time.monotonic()
+
+        def look_now_and_then(_last_line: int) -> None:
+            nonlocal last_look
+            if time.monotonic() - last_look >= _SUPERVISE_INTERVAL_S:
+                found = client.find_same(self._source, name=self._name, params=self._params)
+                assert found is not None
+                look(client.status(found))
+                last_look = time.monotonic()
+
+        return client.submit(
+            self._source,
+            name=self._name,
+            params=self._params,
+            model_names=self._model_names,
+            on_progress=look_now_and_then,
+        )
+
+    def _say_how_to_go_on(self) -> None:
+        from producer.client import Client
+
+        with Client(self._settings) as client:
+            job = client.find_same(self._source, name=self._name, params=self._params)
+            status = client.status(job) if job is not None else None
+        num_results = status.num_ok + status.num_error if status is not None else 0
+        click.echo(f"stopped; {num_results:,} results are kept, and the same command goes on from there", err=True)
+
+
+def _check_paths(input_path: str, output: str) -> None:
+    from producer.results_file import ResultsFile
+
+    if output == "-":
+        return
+    ResultsFile(Path(output)).check()
+    if input_path != "-" and os.path.exists(output) and os.path.samefile(input_path, output):
+        raise ConfigurationError(f"the output {output} is the input itself: give it another name")
+
+
+def _private_settings(settings: Settings, folder: "StateFolder") -> Settings:
+    """The settings for this folder's ledger, which is brought up to date, under a model name that says what answers."""
+    import msgspec
+
+    from storage.ledger import Ledger
+    from worker.engine.model_files import ENGINE_VERSION, files_digest, resolve_folder
+
+    engine = settings.engine
+    files = files_digest(resolve_folder(engine.model, engine.revision))
+    decisive = [files, ENGINE_VERSION, engine.dtype, engine.device, engine.attention, engine.max_model_len]
+    # Jobs of a model that has changed since wait in the same ledger; they are not for the worker of this one.
+    digest = hashlib.sha256(msgspec.json.encode(decisive)).hexdigest()[:_DIGEST_DIGITS]
+    ledger = Ledger(folder.database_url)
+    try:
+        ledger.migrate()
+    finally:
+        ledger.close()
+    return msgspec.structs.replace(
+        settings,
+        broker_url="redis://127.0.0.1:6379/0",  # replaced by the private one's, once it is started
+        database_url=folder.database_url,
+        model_name=f"{settings.served_model}-{digest}",
+    )
+
+
+def _worker_command() -> list[str]:
+    # Not the working directory's packages of the same names, whatever they are.
+    return [sys.executable, "-P", "-m", "cli.main", "worker"]
+
+
+def _worker_environ() -> dict[str, str]:
+    root = str(Path(__file__).resolve().parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _first_prompts(path: Path, model_names: tuple[str, ...]) -> dict[int, str]:
+    """What the first lines ask, to be shown beside their answers."""
+    from itertools import islice
+
+    from producer.lines import LineReader
+    from producer.source import Source
+    from protocol.requests import Request
+
+    with Source(path).lines() as lines:
+        items = list(islice(LineReader(lines, model_names), 20))
+    requests = [item for item in items if isinstance(item, Request)]
+    return {r.line: r.messages[-1].content if r.messages else r.prompt or "" for r in requests}
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """An orderly end for SIGTERM as well as for Ctrl-C."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

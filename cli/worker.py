@@ -1,0 +1,23 @@
+"""`millrace worker`."""
+
+import sys
+
+import click
+
+
+@click.command("worker")
+@click.option("--model", metavar="MODEL", help="A folder with a model, or a name on the model hub.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
+def command(model: str | None, device: str | None) -> None:
+    """Take Chunks from the queue, run the model over them, and store the Results. Ctrl-C stops it in order.
+
+    \b
+    Example:
+      MILLRACE_BROKER_URL=redis://:password@host:6379/0 \\
+      MILLRACE_DATABASE_URL=postgresql+psycopg://user:password@host/name \\
+        millrace worker --model models/millrace-tiny
+    """
+    from protocol.settings import load_settings
+    from worker.main import run_worker
+
+    sys.exit(run_worker(load_settings({"engine.model": model, "engine.device": device})))
