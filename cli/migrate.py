@@ -3,7 +3,7 @@
 import click
 
 
-@click.command("migrate")
+@click.command("migrate", short_help="Create or update the database tables.")
 def command() -> None:
     """Create Millrace's tables, or bring them to this version.
 

@@ -67,7 +67,7 @@ class Progress:
         if status.num_cached:
             parts.append(f"{status.num_cached:,} known")
         if status.num_error:
-            parts.append(f"{status.num_error:,} errors")
+            parts.append(f"{status.num_error:,} error{'s' * (status.num_error != 1)}")
         if elapsed > 0 and results > results_then and status.job.state != "submitting":
             parts.append(f"{clock_time((total - results) * elapsed / (results - results_then))} left")
         return ", ".join(parts)

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 
-@click.command("results")
+@click.command("results", short_help="Write a Job's Results as JSONL.")
 @click.argument("job")
 @click.option("-o", "--output", default="-", metavar="FILE", help="Where to; - is stdout, the default.")
 @click.option("--partial", is_flag=True, help="Take what is there now, gaps and all, and do not wait for the rest.")

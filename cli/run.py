@@ -29,7 +29,7 @@ _SUPERVISE_INTERVAL_S = 1.0
 _DIGEST_DIGITS = 12
 
 
-@click.command("run")
+@click.command("run", short_help="Answer a file of prompts on this machine.")
 @click.argument("input_path", metavar="INPUT", type=click.Path(allow_dash=True))
 @click.option("-o", "--output", required=True, metavar="OUTPUT", help="The file for the Results; - is stdout.")
 @click.option("--model", metavar="MODEL", help="A folder with a model, or a name on the model hub.")
@@ -67,10 +67,12 @@ def command(
     settings = load_settings(overrides)
     model_names = (settings.served_model, settings.engine.model)
     source = Source(sys.stdin.buffer if input_path == "-" else Path(input_path))
+    # What cannot work is refused before anything is made or started.
     if name is None:
-        source.digest()  # refuses stdin before anything is started
+        source.digest()
+    private = _name_by_content(settings)
     with _sigterm_as_interrupt(), StateFolder(Path(state)) as folder:
-        private = _private_settings(settings, folder)
+        private = _in_folder(private, folder)
         run = _Run(private, folder, source, name, params, model_names)
         started = time.monotonic()
         job, is_computed = run.ensure_results()
@@ -205,29 +207,35 @@ def _check_paths(input_path: str, output: str) -> None:
         raise ConfigurationError(f"the output {output} is the input itself: give it another name")
 
 
-def _private_settings(settings: Settings, folder: "StateFolder") -> Settings:
-    """The settings for this folder's ledger, which is brought up to date, under a model name that says what answers."""
+def _name_by_content(settings: Settings) -> Settings:
+    """The settings with a model name that says which files and options answer.
+
+    Jobs of a model that has changed since wait in the same ledger; they are not for the worker of this one.
+    """
     import msgspec
 
-    from storage.ledger import Ledger
     from worker.engine.model_files import ENGINE_VERSION, files_digest, resolve_folder
 
     engine = settings.engine
     files = files_digest(resolve_folder(engine.model, engine.revision))
     decisive = [files, ENGINE_VERSION, engine.dtype, engine.device, engine.attention, engine.max_model_len]
-    # Jobs of a model that has changed since wait in the same ledger; they are not for the worker of this one.
     digest = hashlib.sha256(msgspec.json.encode(decisive)).hexdigest()[:_DIGEST_DIGITS]
+    return msgspec.structs.replace(settings, model_name=f"{settings.served_model}-{digest}")
+
+
+def _in_folder(settings: Settings, folder: "StateFolder") -> Settings:
+    """The settings for the folder's ledger, which is brought up to date."""
+    import msgspec
+
+    from storage.ledger import Ledger
+
     ledger = Ledger(folder.database_url)
     try:
         ledger.migrate()
     finally:
         ledger.close()
-    return msgspec.structs.replace(
-        settings,
-        broker_url="redis://127.0.0.1:6379/0",  # replaced by the private one's, once it is started
-        database_url=folder.database_url,
-        model_name=f"{settings.served_model}-{digest}",
-    )
+    # The private Redis gets its address when it is started.
+    return msgspec.structs.replace(settings, broker_url="redis://127.0.0.1", database_url=folder.database_url)
 
 
 def _worker_command() -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 
-@click.command("status")
+@click.command("status", short_help="Say how far Jobs are.")
 @click.argument("job", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, or one for each Job.")
 @click.option("--limit", default=20, show_default=True, metavar="N", help="Jobs to list.")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from producer.source import Input
 
 
-@click.command("submit")
+@click.command("submit", short_help="Put a file of prompts into the queue.")
 @click.argument("input_path", metavar="FILE", type=click.Path(allow_dash=True))
 @click.option("--wait", is_flag=True, help="Stay until the Job has ended.")
 @click.option("-o", "--output", metavar="FILE", help="Write the Results there at the end; includes --wait.")

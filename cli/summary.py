@@ -32,7 +32,7 @@ class Summary:
         lines = [f"{status.num_ok + status.num_error:,} results: {status.num_ok:,} answers{known}"]
         if self._errors:
             codes = ", ".join(f"{code} {number:,}" for code, number in self._errors.most_common())
-            lines[0] += f", {status.num_error:,} errors ({codes})"
+            lines[0] += f", {status.num_error:,} error{'s' * (status.num_error != 1)} ({codes})"
         lines.append(f"{status.completion_tokens:,} output tokens, {status.computed_tokens:,} of them computed")
         if status.job.state == "cancelled":
             lines.append("the Job was cancelled, so the rest is missing")

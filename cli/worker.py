@@ -5,7 +5,7 @@ import sys
 import click
 
 
-@click.command("worker")
+@click.command("worker", short_help="Work on what is in the queue.")
 @click.option("--model", metavar="MODEL", help="A folder with a model, or a name on the model hub.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
 def command(model: str | None, device: str | None) -> None:
