@@ -16,8 +16,8 @@ from batching.sequence import Sequence, SequenceState
 from protocol.errors import InvalidRequest
 from protocol.frames import FinishReason
 
-#: Admission leaves room for this many further tokens per running Sequence, so that a newcomer is not preempted by the
-#: next steps of those already running.
+#: Tokens. Admission leaves room for this many more of every running Sequence, or for all it may still have, so that a
+#: newcomer is not preempted by the next steps of those already running.
 HEADROOM_TOKENS = 16
 
 
@@ -58,12 +58,21 @@ class Outcome:
 
 
 class Scheduler:
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_batch_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        max_model_len: int,
+        headroom_tokens: int = HEADROOM_TOKENS,
+    ) -> None:
         self.blocks = blocks
         self.max_batch_tokens = max_batch_tokens
         # Every running Sequence must get its one token per step, so more rows than tokens make no sense.
         self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
         self.max_model_len = max_model_len
+        self.headroom_tokens = headroom_tokens
         self.num_preemptions = 0
         self._alive: dict[int, Sequence] = {}
         self._waiting: deque[Sequence] = deque()  # finished ones stay in it until they reach the front
@@ -112,14 +121,12 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, counted as launched; None when there is nothing that can run now."""
         plan = StepPlan()
-        has_preempted = self._schedule_decode(plan)
+        self._schedule_decode(plan)
         budget = self.max_batch_tokens - plan.num_decode
         for seq in self._running.values():
             if seq.num_computed < seq.num_prefill and budget > 0:
                 budget -= self._schedule_prefill(plan, seq, budget)
-        # What was preempted a moment ago is first in line and would be taken straight back.
-        if not has_preempted:
-            self._admit(plan, budget)
+        self._admit(plan, budget)
         return plan if plan.sequences else None
 
     def process(self, plan: StepPlan, tokens: npt.NDArray[np.int64]) -> Outcome:
@@ -142,20 +149,17 @@ class Scheduler:
                 self._finish(seq)
         return outcome
 
-    def _schedule_decode(self, plan: StepPlan) -> bool:
-        block_size, has_preempted = self.blocks.block_size, False
+    def _schedule_decode(self, plan: StepPlan) -> None:
+        block_size = self.blocks.block_size
         for seq in list(self._running.values()):
             if seq.num_computed < seq.num_prefill or seq.is_fully_scheduled or seq.seq_id not in self._running:
                 continue
             if seq.num_computed == len(seq.block_table) * block_size:
-                if self.blocks.num_free == 0:
-                    has_preempted = True
-                    if self._preempt_last() is seq:
-                        break
+                if self.blocks.num_free == 0 and self._preempt_last() is seq:
+                    break
                 self._append_blocks(plan, seq, 1)
             plan.append(seq, 1, is_sampled=True)
         plan.num_decode = len(plan.sequences)
-        return has_preempted
 
     def _schedule_prefill(self, plan: StepPlan, seq: Sequence, budget: int) -> int:
         num_tokens = min(budget, seq.num_prefill - seq.num_computed)
@@ -163,15 +167,17 @@ class Scheduler:
         return num_tokens
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
+        if not (self._waiting and self._free_rows and budget > 0):
+            return
+        headroom = sum(map(self._headroom, self._running.values()))
         while self._waiting and budget > 0 and self._free_rows:
             seq = self._waiting[0]
             if seq.state is SequenceState.FINISHED:
                 self._waiting.popleft()
                 continue
-            num_blocks = self.blocks.blocks_for(seq.num_tokens)
-            headroom = self.blocks.blocks_for(HEADROOM_TOKENS * len(self._running))
-            # A preempted Sequence whose token is still in flight has not all of its text here yet.
-            if seq.num_in_flight or num_blocks + headroom > self.blocks.num_free:
+            # One that was preempted with a token in flight has not all of its text here yet. (One that was preempted in
+            # this very step needs more blocks than it freed, so it is not taken straight back either.)
+            if seq.num_in_flight or headroom + self._headroom(seq) > self.blocks.num_free:
                 break
             self._waiting.popleft()
             self._running[seq.seq_id] = seq
@@ -179,8 +185,14 @@ class Scheduler:
             seq.row = self._free_rows.pop()
             seq.num_computed, seq.num_prefill = 0, seq.num_known
             plan.admitted.append(seq)
-            self._append_blocks(plan, seq, num_blocks)
+            self._append_blocks(plan, seq, self.blocks.blocks_for(seq.num_tokens))
+            headroom += self._headroom(seq)
             budget -= self._schedule_prefill(plan, seq, budget)
+
+    def _headroom(self, seq: Sequence) -> int:
+        """Blocks a Sequence needs beside those it has, now and soon."""
+        most = min(seq.num_tokens + self.headroom_tokens, seq.num_prompt_tokens + seq.max_tokens)
+        return max(self.blocks.blocks_for(most) - len(seq.block_table), 0)
 
     def _append_blocks(self, plan: StepPlan, seq: Sequence, num: int) -> None:
         index = len(seq.block_table)

@@ -1,0 +1,54 @@
+"""A runner without a model: the next token is a hash of all tokens before it, read back through the block tables.
+
+It holds what the real one holds on the device and is fed by the same layout, so a block that is shared, freed too early
+or filled at the wrong place gives another text.
+"""
+
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+from batching.layout import pack
+from batching.scheduler import StepPlan
+
+VOCAB_SIZE = 97
+
+
+def next_token(history: npt.NDArray[np.int64]) -> int:
+    return zlib.crc32(history.astype("<i4").tobytes()) % VOCAB_SIZE
+
+
+class FakeRunner:
+    def __init__(self, num_rows: int, num_blocks: int, block_size: int, max_model_len: int) -> None:
+        self.block_size = block_size
+        self.cache = np.full((num_blocks, block_size), -1, dtype=np.int64)
+        self.block_table = np.full((num_rows, -(-max_model_len // block_size)), -1, dtype=np.int64)
+        self.last_token = np.full(num_rows, -1, dtype=np.int64)
+        self.length = np.zeros(num_rows, dtype=np.int64)
+
+    def launch(self, plan: StepPlan) -> npt.NDArray[np.int64]:
+        layout = pack(plan)
+        num_decode = layout.num_decode
+        for row, index, block in plan.new_blocks:
+            self.block_table[row, index] = block
+        decode_rows = layout.rows[:num_decode]
+        token_rows = np.concatenate((decode_rows, layout.prefill_rows))
+        token_ids = np.concatenate((self.last_token[decode_rows], layout.prefill_token_ids))
+        # The host's idea of where a decode row stands must be the device's.
+        assert (layout.positions[:num_decode] == self.length[decode_rows]).all()
+        assert (token_ids >= 0).all()
+
+        blocks = self.block_table[token_rows, layout.positions // self.block_size]
+        assert len(set(zip(blocks.tolist(), (layout.positions % self.block_size).tolist(), strict=True))) == len(blocks)
+        self.cache[blocks, layout.positions % self.block_size] = token_ids
+        self.length[layout.rows] = layout.kv_lens
+
+        tokens = [self._next(token_rows[i], layout.positions[i]) for i in layout.sampled]
+        self.last_token[layout.sampled_rows] = tokens
+        return np.array(tokens, dtype=np.int64)
+
+    def _next(self, row: int, position: int) -> int:
+        num_blocks = position // self.block_size + 1
+        history = self.cache[self.block_table[row, :num_blocks]].reshape(-1)[: position + 1]
+        return next_token(history)
