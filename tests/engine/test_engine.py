@@ -1,0 +1,185 @@
+"""The engine in-process: stops, limits, cancels, seeded draws, and what its frames report."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from protocol.errors import ConfigurationError
+from protocol.frames import NewSequence
+from tests.engine.reference import Reference, Run, collect, drive, new_sequence, random_prompts, settings_for
+from worker.engine.engine import Engine
+
+LOOKAHEADS = pytest.mark.parametrize("lookahead", [0, 1])
+
+
+def drawing(prompts: list[list[int]], *, seed: int = 11, max_tokens: int = 24) -> list[NewSequence]:
+    """Every mix of limits, one prompt after the other."""
+    limits = [(1.0, 0), (0.9, 0), (1.0, 20), (0.8, 50), (0.5, 3)]
+    return [
+        new_sequence(i, prompt, max_tokens, temperature=1.1, top_p=top_p, top_k=top_k, seed=seed + i)
+        for i, prompt in enumerate(prompts)
+        for top_p, top_k in [limits[i % len(limits)]]
+    ]
+
+
+@LOOKAHEADS
+def test_engine_ends_at_a_stop_token_and_drops_what_was_sampled_behind_it(
+    lookahead: int, model_folder: Callable[[str], Path], reference: Callable[[str], Reference]
+) -> None:
+    expected = reference("llama")
+    stops = [output[7 + i % 20] for i, output in enumerate(expected.outputs)]
+    engine = Engine.start(settings_for(model_folder("llama"), lookahead=lookahead))
+    sequences = [
+        new_sequence(i, prompt, 40, stop=(stop, 100_000))
+        for i, (prompt, stop) in enumerate(zip(expected.prompts, stops, strict=True))
+    ]
+
+    run = drive(engine, sequences)
+
+    for i, (output, stop) in enumerate(zip(expected.outputs, stops, strict=True)):
+        assert run.outputs[i] == output[: output.index(stop) + 1]
+        assert run.reasons[i] == "stop"
+
+
+@LOOKAHEADS
+def test_engine_says_stop_when_the_last_allowed_token_is_a_stop_token(
+    lookahead: int, model_folder: Callable[[str], Path], reference: Callable[[str], Reference]
+) -> None:
+    expected = reference("llama")
+    output = expected.outputs[0]
+    last = output.index(output[5]) + 1
+    engine = Engine.start(settings_for(model_folder("llama"), lookahead=lookahead))
+
+    run = drive(engine, [new_sequence(0, expected.prompts[0], last, stop=(output[5],))])
+
+    assert (run.outputs[0], run.reasons[0]) == (output[:last], "stop")
+
+
+@LOOKAHEADS
+def test_engine_forgets_a_finished_sequence_at_once_and_others_go_on(
+    lookahead: int, model_folder: Callable[[str], Path], reference: Callable[[str], Reference]
+) -> None:
+    expected = reference("qwen3")
+    engine = Engine.start(settings_for(model_folder("qwen3"), lookahead=lookahead, max_num_seqs=4))
+    run = Run()
+    for i, prompt in enumerate(expected.prompts[:8]):
+        engine.add(new_sequence(i, prompt, 40))
+    for _ in range(5):
+        collect(engine, run)
+
+    engine.finish(1, 3)  # running
+    engine.finish(7, 0)  # waiting
+    engine.finish(1234, 0)  # never seen
+    known = {seq_id: len(tokens) for seq_id, tokens in run.outputs.items()}
+    while engine.has_work:
+        collect(engine, run)
+
+    assert set(run.reasons) == {0, 2, 3, 4, 5, 6}
+    assert len(run.outputs[1]) == known[1]
+    assert 7 not in run.outputs
+    assert all(run.outputs[i] == expected.outputs[i] for i in run.reasons)
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+
+
+def test_engine_refuses_what_can_never_finish_and_reports_it(model_folder: Callable[[str], Path]) -> None:
+    engine = Engine.start(settings_for(model_folder("llama"), kv_tokens=64))
+    engine.add(new_sequence(1, [3] * 500, 13))
+    engine.add(new_sequence(2, [3] * 60, 5))
+    engine.add(new_sequence(3, [512], 5))
+    engine.add(new_sequence(4, [], 5))
+    engine.add(new_sequence(5, [3] * 60, 4))
+
+    frame = engine.step()
+
+    assert frame is not None
+    messages = dict(frame.refused)
+    assert set(messages) == {1, 2, 3, 4}
+    assert "512 tokens (max_model_len)" in messages[1]
+    assert "64 tokens (kv_tokens)" in messages[2]
+    assert "vocabulary of 512" in messages[3]
+    assert frame.num_running == 1
+
+
+@LOOKAHEADS
+def test_seeded_draws_do_not_depend_on_batch_chunks_or_preemption(
+    lookahead: int, model_folder: Callable[[str], Path]
+) -> None:
+    sequences = drawing(random_prompts(15, seed=5, max_len=40))
+    alone: dict[int, list[int]] = {}
+    engine = Engine.start(settings_for(model_folder("qwen3")))
+    for sequence in sequences:
+        alone |= drive(engine, [sequence]).outputs
+    crowded = Engine.start(settings_for(model_folder("qwen3"), lookahead=lookahead, kv_tokens=160, max_batch_tokens=17))
+
+    together = drive(crowded, sequences, wave=8)
+
+    assert crowded.scheduler.num_preemptions > 0
+    assert together.outputs == alone
+    assert len({tuple(output) for output in alone.values()}) == len(sequences)
+
+
+def test_draws_beside_greedy_rows_leave_them_greedy(
+    model_folder: Callable[[str], Path], reference: Callable[[str], Reference]
+) -> None:
+    expected = reference("llama")
+    greedy = [new_sequence(100 + i, prompt, 40) for i, prompt in enumerate(expected.prompts[:6])]
+    mixed = [x for pair in zip(greedy, drawing(expected.prompts[:6], max_tokens=40), strict=True) for x in pair]
+
+    run = drive(Engine.start(settings_for(model_folder("llama"))), mixed, wave=12)
+
+    assert [run.outputs[100 + i] for i in range(6)] == expected.outputs[:6]
+    assert all(run.outputs[i] != expected.outputs[i] for i in range(6))
+
+
+def test_samples_and_seeds_give_other_draws(model_folder: Callable[[str], Path]) -> None:
+    variants = [(0, 0), (0, 1), (0, 2), (1, 0), (-1, 0), (2**63 - 1, 0), (2**64 - 1, 1)]
+    sequences = [
+        new_sequence(i, [1, 2, 3], 16, temperature=1.0, seed=seed, sample=sample)
+        for i, (seed, sample) in enumerate(variants)
+    ]
+
+    run = drive(Engine.start(settings_for(model_folder("llama"))), sequences)
+
+    assert len({tuple(output) for output in run.outputs.values()}) == len(variants)
+
+
+def test_engine_states_its_limits_and_versions(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("gpt2")
+    engine = Engine.start(settings_for(folder, kv_tokens=1000, max_model_len=300, max_num_seqs=9, max_batch_tokens=7))
+
+    ready = engine.ready()
+
+    assert (ready.kv_tokens, ready.block_size, ready.max_model_len, ready.max_num_seqs) == (992, 16, 300, 7)
+    assert len(ready.fingerprint) == 64
+    assert ready.fingerprint != Engine.start(settings_for(folder, dtype="bfloat16")).ready().fingerprint
+    assert set(ready.versions) == {"engine", "python", "torch", "transformers"}
+
+
+def test_engine_without_kv_tokens_takes_a_bounded_cache_on_a_cpu(model_folder: Callable[[str], Path]) -> None:
+    engine = Engine.start(settings_for(model_folder("llama"), kv_tokens=None, max_num_seqs=8))
+
+    assert engine.ready().kv_tokens == 8 * 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attention": "flash-attn-2"}, "flash-attn needs CUDA"),
+        ({"attention": "xformers"}, "auto, sdpa, flash-attn-2"),
+        ({"dtype": "int4"}, "float32, bfloat16, float16"),
+        ({"device": "tpu"}, "auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:99"}, "CUDA devices"),
+        ({"lookahead": 2}, "it is 0 or 1"),
+        ({"kv_tokens": 15}, "one block of 16"),
+        ({"max_batch_tokens": 0}, "at least 1"),
+        ({"max_model_len": 1}, "at least 2"),
+        ({"memory_fraction": 0.0}, "above 0"),
+        ({"revision": "main"}, "leave the revision out"),
+    ],
+)
+def test_engine_refuses_settings_that_do_not_fit(
+    changes: dict[str, object], words: str, model_folder: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        Engine.start(settings_for(model_folder("llama"), **changes))

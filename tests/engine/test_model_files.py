@@ -1,0 +1,177 @@
+"""Where a model's files are looked for, and what its fingerprint depends on."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from protocol.errors import ConfigurationError
+from protocol.settings import EngineSettings
+from worker.engine.loader import load_model
+from worker.engine.model_files import files_digest, fingerprint, resolve_folder
+
+
+def make_folder(tmp_path: Path, **files: str) -> Path:
+    for name, text in {"config.json": "{}", "model.safetensors": "weights", **files}.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_digest_follows_every_file_that_decides_answers(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    digests = [files_digest(folder)]
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_text("changed")
+        digests.append(files_digest(folder))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    digests.append(files_digest(folder))
+
+    assert len(set(digests)) == len(digests)
+
+
+def test_digest_ignores_files_that_do_not(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    before = files_digest(folder)
+
+    for name in ("generation_config.json", "README.md", "pytorch_model.bin"):
+        (folder / name).write_text("{}")
+
+    assert files_digest(folder) == before
+
+
+def test_fingerprint_depends_on_files_dtype_and_quantization() -> None:
+    prints = {fingerprint("a", "float32"), fingerprint("b", "float32"), fingerprint("a", "bfloat16")}
+    prints.add(fingerprint("a", "float32", "int8"))
+
+    assert len(prints) == 4
+    assert fingerprint("a", "float32") == fingerprint("a", "float32", "none")
+
+
+def test_folder_without_weights_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    with pytest.raises(ConfigurationError, match=r"no \*\.safetensors.*save_pretrained") as caught:
+        resolve_folder(str(tmp_path))
+
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_path_that_is_not_there_is_refused_without_asking_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no such folder"):
+        resolve_folder(str(tmp_path / "a" / "b"))
+
+
+def test_hub_name_that_cannot_be_had_is_refused_with_the_way_out() -> None:
+    code = (
+        "from worker.engine.model_files import resolve_folder\n"
+        "from protocol.errors import ConfigurationError\n"
+        "try:\n    resolve_folder('nobody/nothing', 'v9')\n"
+        "except ConfigurationError as error:\n    print(error)"
+    )
+    env = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    answer = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+
+    assert "nobody/nothing" in answer.stdout
+    assert "revision 'v9'" in answer.stdout
+    assert "path of a folder" in answer.stdout
+
+
+def test_model_files_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, worker.engine.model_files\n"
+        "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])"
+    )
+
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+
+    assert answer.stdout.strip() == "[]"
+
+
+def save(folder: Path, name: str, **fields: object) -> Path:
+    import transformers
+
+    config = getattr(transformers, name)(
+        vocab_size=64, bos_token_id=None, eos_token_id=None, pad_token_id=None, num_hidden_layers=2, **fields
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("BloomConfig", {"hidden_size": 32, "n_head": 4}, "'bloom' are not supported.*0 of 2 layers"),
+        ("FalconConfig", {"hidden_size": 32, "num_attention_heads": 4}, "'falcon' are not supported"),
+        ("MambaConfig", {"hidden_size": 32}, "'mamba' are not supported"),
+        (
+            "GptOssConfig",
+            {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "num_local_experts": 4,
+                "max_position_embeddings": 256,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            "s_aux, which the engine does not compute",
+        ),
+    ],
+)
+def test_model_that_cannot_run_packed_is_refused_by_its_type(
+    name: str, fields: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    folder = save(tmp_path, name, **fields)
+
+    with pytest.raises(ConfigurationError, match=words):
+        load_model(folder, EngineSettings(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantized"),
+        ({"model_type": "made-up"}, "cannot load the model"),
+    ],
+)
+def test_config_that_cannot_be_served_is_refused(
+    change: dict[str, object], words: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = model_folder("llama")
+    config = json.loads((source / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+
+    with pytest.raises(ConfigurationError, match=words):
+        load_model(tmp_path, EngineSettings(device="cpu"))
+
+
+def test_longrope_beyond_its_original_length_is_refused(tmp_path: Path) -> None:
+    factors = [1.0] * 4
+    folder = save(
+        tmp_path,
+        "LlamaConfig",
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": factors,
+            "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 128,
+        },
+    )
+
+    with pytest.raises(ConfigurationError, match=r"set engine\.max_model_len to 128 or less"):
+        load_model(folder, EngineSettings(device="cpu"))
+
+    assert load_model(folder, EngineSettings(device="cpu", max_model_len=128)).max_model_len == 128
