@@ -165,3 +165,14 @@ def test_engine_process_refuses_settings_it_does_not_know() -> None:
     assert isinstance(failed, EngineFailed)
     assert failed.is_callers
     assert "modell" in failed.message
+
+
+def test_engine_process_imports_no_queue_and_no_database() -> None:
+    code = (
+        "import sys, worker.engine.process, worker.engine.backends.sdpa\n"
+        "print([name for name in ('celery', 'kombu', 'redis', 'sqlalchemy') if name in sys.modules])"
+    )
+
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert answer.stdout.strip() == "[]"

@@ -82,5 +82,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, term
 
 def _gather(cache: Tensor, tables: Tensor, num_tokens: int) -> Tensor:
     """The first `num_tokens` of each table's blocks: (rows, num_tokens, G, E)."""
-    num_blocks = -(-num_tokens // cache.shape[1])
-    return cache[tables[:, :num_blocks].long()].flatten(1, 2)[:, :num_tokens]
+    num_rows, num_blocks = len(tables), -(-num_tokens // cache.shape[1])
+    blocks = cache.index_select(0, tables[:, :num_blocks].reshape(-1))  # faster than indexing with a table
+    return blocks.view(num_rows, -1, *cache.shape[2:])[:, :num_tokens]
