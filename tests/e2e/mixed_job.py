@@ -33,8 +33,12 @@ class MixedJob:
         assert {row["line"]: row["custom_id"] for row in rows} == self.custom_ids
         codes = {row["line"]: row["error"]["code"] for row in rows if row["error"]}
         assert codes == self.malformed | dict.fromkeys(self.too_long, "prompt_too_long")
-        answers = {row["line"]: (row["text"], row["usage"]) for row in rows if not row["error"]}
-        assert all(answers[line] == answers[original] for line, original in self.duplicates.items())
+        first = {row["line"]: row for row in rows if row["sample"] == 0}
+        for twins in self.duplicates.items():
+            one, other = (first[line] for line in twins)
+            # Two workers may compute both at the same time, and rounding is not the same in every batch.
+            if one["cached"] or other["cached"]:
+                assert (one["text"], one["usage"]) == (other["text"], other["usage"])
         return rows
 
 
