@@ -1,6 +1,6 @@
 """Results: exactly one row for each sample of each Request, written under its Chunk's lease and counted with it."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -131,22 +131,27 @@ _FINISH = update(chunks).where(chunks.c.id == bindparam("chunk")).values(state="
 
 def _commit(connection: Connection, commits: Sequence[ChunkCommit]) -> set[int]:
     writable, lost = _fence(connection, commits)
-    rows = [to_row(each.lease.job_id, each.lease.attempt, result) for each in writable for result in each.results]
-    new = insert_results(connection, rows)
-    changes = []
+    wanted: dict[tuple[str, int, int], tuple[Lease, Result]] = {}
     for each in writable:
-        # Only new rows count, each once: an earlier try or an earlier attempt may have stored the others.
-        keyed = {(each.lease.job_id, result.line, result.sample): result for result in each.results}
-        counters = count(result for key, result in keyed.items() if key in new)
-        new.difference_update(keyed)
-        changes.append({"chunk": each.lease.chunk_id} | {f"new_{name}": value for name, value in counters.items()})
-    if changes:
-        connection.execute(_COUNT, changes)
+        for result in each.results:
+            wanted.setdefault((each.lease.job_id, result.line, result.sample), (each.lease, result))
+    new = insert_results(connection, [to_row(lease.job_id, lease.attempt, result) for lease, result in wanted.values()])
+    # Only new rows count: an earlier try or an earlier attempt may have stored the others.
+    stored = defaultdict(list)
+    for key in new:
+        lease, result = wanted[key]
+        stored[lease.chunk_id].append(result)
+    if stored:
+        connection.execute(_COUNT, [{"chunk": chunk_id, **_added(of_chunk)} for chunk_id, of_chunk in stored.items()])
     finished = [{"chunk": each.lease.chunk_id} for each in writable if each.is_finished]
     if finished:
         connection.execute(_FINISH, finished)
     insert_answers(connection, {key: answer for each in writable for key, answer in each.answers.items()})
     return lost
+
+
+def _added(stored: list[Result]) -> dict[str, int]:
+    return {f"new_{name}": value for name, value in count(stored).items()}
 
 
 def _fence(connection: Connection, commits: Sequence[ChunkCommit]) -> tuple[list[ChunkCommit], set[int]]:

@@ -19,8 +19,8 @@ MODEL = "tiny"
 PARAMS = resolve(SamplingParams(temperature=0), max_tokens=8)
 
 
-def new_job(ledger: Ledger, identity: str = "input-1", **params: Any) -> Job:
-    job, _ = open_job(ledger, tenant="acme", identity=identity, model=MODEL, params=SamplingParams(**params))
+def new_job(ledger: Ledger, identity: str = "input-1", *, model: str = MODEL, **params: Any) -> Job:
+    job, _ = open_job(ledger, tenant="acme", identity=identity, model=model, params=SamplingParams(**params))
     return job
 
 
