@@ -1,0 +1,189 @@
+"""migrate, submit, status and results over a real database and a real Redis."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from protocol.requests import Answer, Result
+from storage.jobs import cancel_job, close_job_if_done
+from storage.leases import claim_oldest
+from storage.ledger import Ledger
+from storage.results import ChunkCommit, commit
+from tests.cli.conftest import Invoke
+
+PROMPTS = '{"id": "a", "prompt": "Hello"}\nnonsense\n{"id": "c", "prompt": "Bye"}\n'
+
+
+@pytest.fixture
+def here(millrace: Invoke, database_url: str, redis_url: str, tmp_path: Path) -> Invoke:
+    """The command line over this test's servers, in a folder with prompts."""
+    (tmp_path / "prompts.jsonl").write_text(PROMPTS)
+    here = partial(millrace, database_url=database_url, broker_url=redis_url, model_name="tiny")
+    assert here("migrate").exit_code == 0
+    return here
+
+
+@pytest.fixture
+def answer(database_url: str) -> Callable[[], None]:
+    """Do a worker's work on the oldest Chunk."""
+
+    def answer() -> None:
+        ledger = Ledger(database_url)
+        lease = claim_oldest(ledger, "tiny", "worker", 60, min_age_s=0)
+        assert lease is not None
+        results = [
+            Result(
+                line=request.line,
+                custom_id=request.custom_id,
+                answer=Answer(text="yes", finish_reason="stop", prompt_tokens=1, completion_tokens=3),
+            )
+            for request in lease.requests
+        ]
+        commit(ledger, [ChunkCommit(lease, results, is_finished=True)])
+        close_job_if_done(ledger, lease.job_id)
+        ledger.close()
+
+    return answer
+
+
+def test_migrate_says_which_database_it_was_and_hides_the_password(millrace: Invoke, database_url: str) -> None:
+    for _ in range(2):
+        result = millrace("migrate", database_url=database_url)
+
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout.startswith("the tables in ")
+        assert result.stdout.endswith(" are up to date\n")
+        password = database_url.partition("postgres:")[2].partition("@")[0]
+        assert not password or password not in result.stdout
+
+
+def test_submit_prints_the_jobs_id_and_finds_it_again(here: Invoke) -> None:
+    first, second = here("submit", "prompts.jsonl"), here("submit", "prompts.jsonl")
+
+    assert (first.exit_code, first.stderr) == (0, "")
+    assert len(first.stdout.strip()) == 16
+    assert second.stdout == first.stdout
+
+
+def test_submit_takes_stdin_under_a_name_alone(here: Invoke) -> None:
+    refused = here("submit", "-", stdin=PROMPTS)
+    assert refused.exit_code == 1
+    assert "--job NAME" in refused.stderr
+
+    assert here("submit", "-", "--job", "nightly", stdin=PROMPTS).exit_code == 0
+    assert json.loads(here("status", "nightly", "--json").stdout)["num_lines"] == 3
+
+
+def test_submit_with_other_options_under_the_same_name_is_refused(here: Invoke) -> None:
+    assert here("submit", "prompts.jsonl", "--job", "nightly").exit_code == 0
+
+    refused = here("submit", "prompts.jsonl", "--job", "nightly", "--n", "2")
+
+    assert refused.exit_code == 1
+    assert "give this one another name" in refused.stderr
+
+
+def test_submit_waits_and_writes_the_results(here: Invoke, answer: Callable[[], None], tmp_path: Path) -> None:
+    here("submit", "prompts.jsonl")
+    answer()
+
+    result = here("submit", "prompts.jsonl", "-o", "out.jsonl")
+
+    assert result.exit_code == 0
+    assert result.stderr.startswith("3 results: 2 answers, 1 error (invalid_json 1)\n")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["line"], row["custom_id"], row["text"]) for row in rows] == [
+        (1, "a", "yes"),
+        (2, None, None),
+        (3, "c", "yes"),
+    ]
+
+
+def test_status_of_a_job(here: Invoke, answer: Callable[[], None]) -> None:
+    job_id = here("submit", "prompts.jsonl", "--job", "nightly").stdout.strip()
+    answer()
+
+    assert here("status", job_id[:6]).stdout == (
+        f"job                 {job_id}\n"
+        "name                nightly\n"
+        "model               tiny\n"
+        "state               finished\n"
+        "lines               3\n"
+        "answers             2, of them 0 known already\n"
+        "errors              1\n"
+        "requests waiting    0\n"
+        "requests running    0\n"
+        "prompt tokens       2\n"
+        "output tokens       6, of them 6 computed\n"
+    )
+
+
+def test_status_as_json_has_the_counters_by_name(here: Invoke) -> None:
+    job_id = here("submit", "prompts.jsonl").stdout.strip()
+
+    (listed,) = map(json.loads, here("status", "--json").stdout.splitlines())
+
+    assert (listed["id"], listed["state"], listed["num_requests_waiting"]) == (job_id, "running", 2)
+    assert json.loads(here("status", job_id, "--json").stdout) == listed
+
+
+def test_status_lists_the_newest_jobs(here: Invoke) -> None:
+    first = here("submit", "prompts.jsonl", "--job", "first").stdout.strip()
+    second = here("submit", "prompts.jsonl", "--job", "second").stdout.strip()
+
+    lines = here("status").stdout.splitlines()
+
+    assert [line.split()[0] for line in lines] == [second, first]
+    assert lines[0].endswith("1 of 3 lines' results  second")
+    assert len(here("status", "--limit", "1").stdout.splitlines()) == 1
+
+
+def test_unknown_job_is_one_line_on_stderr(here: Invoke) -> None:
+    for command in ("status", "results"):
+        result = here(command, "nothing")
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith("Error: there is no Job 'nothing'")
+
+
+def test_results_go_to_stdout_or_into_a_file(here: Invoke, answer: Callable[[], None], tmp_path: Path) -> None:
+    job_id = here("submit", "prompts.jsonl").stdout.strip()
+    answer()
+
+    shown = here("results", job_id)
+    assert here("results", job_id, "-o", "out.jsonl").exit_code == 0
+
+    assert [json.loads(line)["line"] for line in shown.stdout.splitlines()] == [1, 2, 3]
+    assert (tmp_path / "out.jsonl").read_text() == shown.stdout
+
+
+def test_partial_results_do_not_wait(here: Invoke) -> None:
+    job_id = here("submit", "prompts.jsonl").stdout.strip()
+
+    assert [json.loads(line)["line"] for line in here("results", job_id, "--partial").stdout.splitlines()] == [2]
+
+
+def test_results_of_a_cancelled_job_end(here: Invoke, database_url: str) -> None:
+    job_id = here("submit", "prompts.jsonl").stdout.strip()
+    ledger = Ledger(database_url)
+    cancel_job(ledger, job_id)
+    ledger.close()
+
+    assert len(here("results", job_id).stdout.splitlines()) == 1
+    assert "the Job was cancelled" in here("submit", "prompts.jsonl", "-o", "out.jsonl").stderr
+
+
+def test_broker_that_is_away_is_a_warning(here: Invoke) -> None:
+    result = here("submit", "prompts.jsonl", broker_url="redis://127.0.0.1:1/0")
+
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: the broker does not answer")
+
+
+def test_commands_that_need_tables_say_how_to_make_them(millrace: Invoke) -> None:
+    for arguments in (["status"], ["results", "x"], ["submit", "prompts.jsonl"]):
+        result = millrace(*arguments)
+        assert result.exit_code == 1
+        assert result.stderr == "Error: there is no database at millrace.db: create it with `millrace migrate`\n"
