@@ -132,9 +132,9 @@ class _Run:
                         file.write(result)
                         summary.add(result)
         if seconds is None:
-            how = f"nothing was computed: the Job {job.id} was complete before"
+            how = f"nothing was computed: all of it was known, as Job {job.id}"
         else:
-            how = f"the Job {job.id} took {seconds:,.1f} s"
+            how = f"{seconds:,.1f} s, as Job {job.id}; the same command again computes nothing"
         parts = [summary.text(status, output), how]
         if output != "-" and summary.first_answers():
             parts += ["", summary.first_answers()]

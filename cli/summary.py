@@ -7,8 +7,9 @@ from protocol.requests import Result
 from storage.jobs import JobStatus
 
 _NUM_SHOWN = 3
-#: Characters of a prompt and of an answer that are shown.
-_MAX_SHOWN = 160
+#: Of a prompt or an answer, so much is shown.
+_MAX_LINES = 5
+_MAX_WIDTH = 100
 
 
 class Summary:
@@ -33,7 +34,9 @@ class Summary:
         if self._errors:
             codes = ", ".join(f"{code} {number:,}" for code, number in self._errors.most_common())
             lines[0] += f", {status.num_error:,} error{'s' * (status.num_error != 1)} ({codes})"
-        lines.append(f"{status.completion_tokens:,} output tokens, {status.computed_tokens:,} of them computed")
+        lines.append(f"{status.completion_tokens:,} output tokens")
+        if status.computed_tokens != status.completion_tokens:
+            lines[-1] += f", {status.completion_tokens - status.computed_tokens:,} of them from known answers"
         if status.job.state == "cancelled":
             lines.append("the Job was cancelled, so the rest is missing")
         lines.append(f"written to {'stdout' if output == '-' else output}")
@@ -41,17 +44,22 @@ class Summary:
 
     def first_answers(self) -> str:
         """Prompt and answer of the first lines, shortened; empty when there is no answer at all."""
-        shown = []
+        shown: list[str] = []
         for result in self._first:
             assert result.answer is not None
-            prompt = self._prompts.get(result.line)
-            shown.append(f"line {result.line}" + (f": {_shortened(prompt)}" if prompt else ""))
-            shown.append(f"  -> {_shortened(result.answer.text)}")
+            shown += _excerpt(f"{result.line}: ", self._prompts.get(result.line, ""))
+            shown += _excerpt("-> ", result.answer.text)
         return "\n".join(shown)
 
 
-def _shortened(text: str) -> str:
-    # Control characters would otherwise reach the terminal, line breaks the layout.
-    plain = "".join(c if c.isprintable() else " " for c in text[: 4 * _MAX_SHOWN].replace("\n", " ⏎ "))
-    plain = " ".join(plain.split())
-    return plain if len(plain) <= _MAX_SHOWN else plain[: _MAX_SHOWN - 3] + "..."
+def _excerpt(mark: str, text: str) -> list[str]:
+    """The first lines of the text behind the mark, and below it with their indentation."""
+    # Control characters would otherwise reach the terminal.
+    lines = [
+        "".join(c if c.isprintable() else " " for c in line.expandtabs(4)) for line in text.strip("\n").split("\n")
+    ]
+    if len(lines) > _MAX_LINES:
+        lines[_MAX_LINES - 1 :] = ["..."]
+    lines = [line if len(line) <= _MAX_WIDTH else line[: _MAX_WIDTH - 3] + "..." for line in lines]
+    margin = " " * 6
+    return [(mark.rjust(len(margin)) + lines[0]).rstrip()] + [(margin + line).rstrip() for line in lines[1:]]

@@ -1,6 +1,7 @@
 """What `millrace run` does without starting anything; what it starts is tested with real processes in tests/e2e."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,17 +73,20 @@ def test_run_writes_the_results_and_shows_the_first_answers(
 
     assert result.exit_code == 0, result.stderr
     job_line = result.stdout.splitlines()[3]
-    assert job_line.startswith("the Job ")
+    assert re.fullmatch(r"\d\.\d s, as Job [0-9a-f]{16}; the same command again computes nothing", job_line)
     assert result.stdout == (
         "3 results: 2 answers (1 known already), 1 error (invalid_json 1)\n"
-        "6 output tokens, 3 of them computed\n"
+        "6 output tokens, 3 of them from known answers\n"
         "written to out/results.jsonl\n"
         f"{job_line}\n"
         "\n"
-        "line 1: Hello\n"
-        "  -> answer ⏎ 1\n"
-        "line 3: How ⏎ are you?\n"
-        "  -> answer ⏎ 3\n"
+        "   1: Hello\n"
+        "   -> answer\n"
+        "      1\n"
+        "   3: How\n"
+        "      are you?\n"
+        "   -> answer\n"
+        "      3\n"
     )
     assert result.stderr == f"starting Redis and a worker with {model}; logs in {tmp_path}/.millrace\n"
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 3
@@ -98,7 +102,7 @@ def test_same_run_again_computes_nothing(
     result = millrace("run", prompts, "-o", "second.jsonl", "--model", model)
 
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "\nnothing was computed: the Job " in result.stdout
+    assert "\nnothing was computed: all of it was known, as Job " in result.stdout
     assert (tmp_path / "first.jsonl").read_bytes() == (tmp_path / "second.jsonl").read_bytes()
 
 
