@@ -1,0 +1,1 @@
+"""The ledger: Jobs, Chunks, leases, Results and answers in SQL, and the hot copy of answers in Redis."""

@@ -20,7 +20,8 @@ from sqlalchemy import Connection, select
 
 from protocol.requests import Answer
 from storage.clock import now
-from storage.ledger import Ledger, insert_new
+from storage.insertion import insert_new
+from storage.ledger import Ledger
 from storage.tables import answers
 
 log = logging.getLogger("millrace.storage.answers")
@@ -103,8 +104,7 @@ def insert_answers(connection: Connection, new: Mapping[bytes, Answer]) -> None:
     """Keep these answers; one that is known already stays as it is."""
     # In one order for everybody, so that two transactions with the same new answers do not deadlock.
     rows = [{"key": key, **msgspec.structs.asdict(new[key])} for key in sorted(new)]
-    if rows:
-        connection.execute(insert_new(connection, answers).values(created_at=now()), rows)
+    insert_new(connection, answers, rows, computed={"created_at": now()})
 
 
 class AnswerCache:

@@ -13,7 +13,8 @@ from protocol.errors import JobNotFound, SubmissionConflict
 from protocol.requests import Request, Result, pack_requests
 from protocol.sampling import SamplingParams
 from storage.clock import now
-from storage.ledger import Ledger, insert_new
+from storage.insertion import insert_new
+from storage.ledger import Ledger
 from storage.results import COUNTERS, count, insert_results, to_row
 from storage.tables import chunk_requests, chunks, is_leased, is_unfinished, is_waiting, jobs
 
@@ -71,7 +72,7 @@ def open_job(ledger: Ledger, *, tenant: str, identity: str, model: str, params: 
     row["params"] = msgspec.json.encode(params).decode()
 
     def work(connection: Connection) -> Job:
-        connection.execute(insert_new(connection, jobs).values(**row, created_at=now()))
+        insert_new(connection, jobs, [row], computed={"created_at": now()})
         same = (jobs.c.tenant == tenant) & (jobs.c.identity == identity)
         return _job(connection.execute(select(jobs).where(same)).one())
 

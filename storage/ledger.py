@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, Table, create_engine, event, exc, make_url
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, exc, make_url
 
 from protocol.errors import ConfigurationError, DatabaseUnavailable, MillraceError
 from storage import schema
@@ -127,13 +126,6 @@ class Ledger:
             reason = str(cause).strip()
             return DatabaseUnavailable(f"the database {self._shown_url} does not answer: {reason}")
         return None
-
-
-def insert_new(connection: Connection, table: Table) -> "sqlite.Insert | postgresql.Insert":
-    """INSERT that leaves out rows which are already there."""
-    if connection.dialect.name == "sqlite":
-        return sqlite.insert(table).on_conflict_do_nothing()
-    return postgresql.insert(table).on_conflict_do_nothing()
 
 
 def _may_pass_soon(error: Exception) -> bool:

@@ -11,8 +11,9 @@ from sqlalchemy import Connection, bindparam, select, tuple_, update
 from protocol.requests import Answer, Failure, Result
 from protocol.sampling import ResolvedParams
 from storage.answers import insert_answers
+from storage.insertion import insert_new
 from storage.leases import Lease, lock_chunks
-from storage.ledger import Ledger, insert_new
+from storage.ledger import Ledger
 from storage.tables import chunks, results
 
 COUNTERS = ("num_ok", "num_error", "num_cached", "prompt_tokens", "completion_tokens", "computed_tokens")
@@ -49,11 +50,8 @@ def read_results(ledger: Ledger, job_id: str, *, after: tuple[int, int] = (0, -1
 
 def insert_results(connection: Connection, rows: list[dict[str, Any]]) -> set[tuple[str, int, int]]:
     """Insert rows made by `to_row`; returns the (job_id, line, sample) of those that were not there yet."""
-    if not rows:
-        return set()
     keys = (results.c.job_id, results.c.line, results.c.sample)
-    inserted = connection.execute(insert_new(connection, results).returning(*keys), rows)
-    return {(row.job_id, row.line, row.sample) for row in inserted}
+    return {(row.job_id, row.line, row.sample) for row in insert_new(connection, results, rows, returning=keys)}
 
 
 def count(stored: Iterable[Result]) -> dict[str, int]:
