@@ -1,6 +1,7 @@
 """Progress: a Job's way to its end on stderr; a live line on a terminal, plain lines every few seconds elsewhere."""
 
 import logging
+import shutil
 import sys
 import time
 from collections import deque
@@ -43,7 +44,9 @@ class Progress:
         while len(self._seen) > 2 and self._seen[1][0] <= now - _WINDOW_S:
             self._seen.popleft()
         if self._is_live:
-            click.echo(_CLEAR_LINE + self._line(status), nl=False, err=True)
+            # A line that wraps could not be cleared again.
+            width = shutil.get_terminal_size().columns - 1
+            click.echo(_CLEAR_LINE + self._line(status)[:width], nl=False, err=True)
             self._is_line_open = True
         elif now - self._last_plain >= _PLAIN_INTERVAL_S:
             self._last_plain = now
