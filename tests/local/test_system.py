@@ -201,10 +201,13 @@ def test_killing_the_run_leaves_no_process(tmp_path: Path) -> None:
         "    signal.pause()\n"
     )
     run = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[2])
-    # Two guards, Redis and the worker.
-    wait_until(lambda: len(descendants(run.pid)) == 4)
-    with Watched(descendants(run.pid)) as below:
+    try:
+        # Two guards, Redis and the worker.
+        wait_until(lambda: len(descendants(run.pid)) == 4)
+        below = Watched(descendants(run.pid))
+    finally:
         run.kill()
         run.wait()
 
+    with below:
         assert below.left_after(20) == []
