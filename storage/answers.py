@@ -30,6 +30,8 @@ log = logging.getLogger("millrace.storage.answers")
 _MAX_KEYS = 500
 #: Seconds without Redis after it failed: each try may cost a whole socket timeout, which the engine would wait for.
 _PAUSE_S = 5.0
+#: Seconds a command may take: the answers are in SQL too, so waiting longer never pays.
+_TIMEOUT_S = 2.0
 
 _KEYS = ("millrace:answers", "millrace:answers:age", "millrace:answers:bytes")
 
@@ -121,6 +123,14 @@ class AnswerCache:
         self._put = redis.register_script(_PUT)
         self._is_absent = False
         self._absent_until = 0.0
+
+    @classmethod
+    def connect(cls, broker_url: str, ttl_s: float, max_bytes: int) -> "AnswerCache":
+        """The hot copy in the queue's own Redis; `broker_url` as Celery takes it. Connects to nothing yet."""
+        # Celery has its own name for a Unix socket.
+        url = broker_url.replace("redis+socket://", "unix://", 1)
+        redis = Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+        return cls(redis, ttl_s, max_bytes)
 
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, Answer]:
         """Those of the answers that are in Redis."""

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import redis
-
 from protocol.errors import DatabaseUnavailable
 from protocol.frames import EngineReady
 from protocol.requests import Answer, Failure
@@ -56,11 +54,7 @@ class ChunkService:
     ) -> None:
         self._settings = settings
         self._ledger = Ledger(settings.database_url)
-        self._cache = AnswerCache(
-            redis.Redis.from_url(settings.broker_url, socket_timeout=2.0, socket_connect_timeout=2.0),
-            settings.answers_ttl_seconds,
-            settings.answers_max_bytes,
-        )
+        self._cache = AnswerCache.connect(settings.broker_url, settings.answers_ttl_seconds, settings.answers_max_bytes)
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._on_credit = on_credit
         self._model_folder = model_folder
