@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.engine.families import FAMILIES
 from tests.engine.reference import Reference, build_model, make_reference, random_prompts
 
 
@@ -33,7 +34,8 @@ def reference(model_folder: Callable[[str], Path]) -> Callable[[str], Reference]
 
     def get(family: str) -> Reference:
         if family not in references:
-            references[family] = make_reference(model_folder(family), random_prompts(26, seed=1), num_tokens=40)
+            prompts = random_prompts(26, seed=1, max_len=FAMILIES[family].max_prompt)
+            references[family] = make_reference(model_folder(family), prompts, num_tokens=40)
         return references[family]
 
     return get

@@ -11,48 +11,16 @@ import torch
 
 from protocol.frames import NewSequence
 from protocol.settings import EngineSettings
+from tests.engine.families import FAMILIES, VOCAB_SIZE
 from worker.engine.engine import Engine
 
-FAMILIES = ("llama", "qwen3", "gpt2")
-#: Families with terms of their own in the attention: a window; a window in every other layer, and a softcap.
-SPECIAL_FAMILIES = ("mistral", "gemma2")
-VOCAB_SIZE = 512
 #: Where the reference's best two logits are closer than this, float32 rounding may decide.
 MIN_GAP = 1e-4
 
 
-def build_model(family: str, seed: int = 0) -> Any:
-    """A model of two layers whose weights are wide enough that its texts vary."""
-    import transformers
-
-    common = {"vocab_size": VOCAB_SIZE, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    decoder = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-    }
-    config: Any
-    if family == "llama":
-        config = transformers.LlamaConfig(**common, **decoder)
-    elif family == "qwen3":
-        config = transformers.Qwen3Config(**common, **decoder, head_dim=32)
-    elif family == "mistral":
-        config = transformers.MistralConfig(**common, **decoder, sliding_window=19)
-    elif family == "gemma2":
-        attention = {"query_pre_attn_scalar": 16, "sliding_window": 19, "attn_logit_softcapping": 2.0}
-        config = transformers.Gemma2Config(**common, **decoder, **attention, head_dim=16, tie_word_embeddings=False)
-    else:
-        config = transformers.GPT2Config(**common, n_embd=64, n_layer=2, n_head=4, n_positions=512)
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    return model.eval()
+def build_model(family: str) -> Any:
+    """A tiny random model of that family."""
+    return FAMILIES[family].build()
 
 
 def random_prompts(num: int, seed: int, max_len: int = 60, vocab_size: int = VOCAB_SIZE) -> list[list[int]]:
