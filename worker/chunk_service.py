@@ -166,8 +166,9 @@ class ChunkService:
                 self._has_room.wait(_RETRY_S)
                 self._has_room.clear()
                 continue
+            until_look_s = min(max(next_look - time.monotonic(), 0.0), _IDLE_CLAIM_INTERVAL_S)
             try:
-                ticket = self._tickets.get(timeout=_IDLE_CLAIM_INTERVAL_S)
+                ticket = self._tickets.get(timeout=until_look_s)
             except queue.Empty:
                 ticket = None
             if self._is_stopping.is_set():
@@ -175,7 +176,7 @@ class ChunkService:
             try:
                 if ticket is not None:
                     self._claim(ticket)
-                elif time.monotonic() >= next_look and not self._claim_oldest():
+                elif not self._claim_oldest():
                     next_look = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
             except DatabaseUnavailable as error:
                 logger.warning("the database is away, trying again: %s", error)

@@ -11,6 +11,7 @@ from typing import Any
 from protocol.celery_app import bulk_queue, make_app
 from protocol.settings import PARENT_FD_VARIABLE, Settings
 from worker.chunk_service import ChunkService
+from worker.consumer import Consumer
 from worker.engine.model_files import resolve_folder
 from worker.pool import EnginePool, register_tasks
 
@@ -50,6 +51,7 @@ def run_worker(settings: Settings) -> int:
     # Made before the engine starts, since the service's threads speak to the pool; it consumes only once started.
     worker: Any = app.Worker(
         pool_cls=EnginePool,
+        consumer_cls=Consumer,
         concurrency=_PREFETCH,
         prefetch_multiplier=1,
         queues=[bulk_queue(settings.served_model)],
@@ -57,6 +59,9 @@ def run_worker(settings: Settings) -> int:
         loglevel=settings.log_level,
         quiet=True,
         optimization="fair",
+        # Asking the neighbours what they know takes a second, and there is nothing to be known: the ledger decides.
+        without_mingle=True,
+        without_gossip=True,
     )
     _follow_parent()
     service.start()
