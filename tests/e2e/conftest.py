@@ -23,7 +23,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from tests.engine.reference import VOCAB_SIZE, build_model
+    from tests.engine.families import VOCAB_SIZE
+    from tests.engine.reference import build_model
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tokenizer = Tokenizer(models.BPE())
