@@ -1,6 +1,6 @@
 """The packed layout of a step: all its tokens in one flat row, decode rows first, then prefill pieces.
 
-Letters: S segments, T tokens, D decode rows, P = T - D prefill tokens, K sampled positions.
+Letters: S segments, T tokens, D decode rows, P = T - D prefill tokens, K sampled positions, C scored ones.
 """
 
 from dataclasses import dataclass
@@ -27,6 +27,8 @@ class PackedLayout:
     prefill_token_ids: Int64s  # (P,) decode tokens are on the device
     sampled: Int64s  # (K,) indices into the flat row
     sampled_rows: Int64s  # (K,)
+    scored: Int64s  # (C,) indices into the flat row whose logits score the next token of the prompt
+    score_targets: Int64s  # (C,) that token
 
 
 def pack(plan: StepPlan) -> PackedLayout:
@@ -39,6 +41,7 @@ def pack(plan: StepPlan) -> PackedLayout:
     first = cu_query_lens[:-1].astype(np.int64)
     positions = np.arange(cu_query_lens[-1], dtype=np.int64) + np.repeat(starts - first, query_lens)
     sampled = np.array(plan.sampled, dtype=np.int64)
+    scored, targets = _scored(plan, first)
     pieces = [
         seq.tokens(start, start + num)
         for seq, start, num in zip(
@@ -57,7 +60,17 @@ def pack(plan: StepPlan) -> PackedLayout:
         prefill_token_ids=np.concatenate(pieces, dtype=np.int64) if pieces else np.empty(0, dtype=np.int64),
         sampled=cu_query_lens[1:][sampled].astype(np.int64) - 1,
         sampled_rows=rows[sampled],
+        scored=scored,
+        score_targets=targets,
     )
+
+
+def _scored(plan: StepPlan, first: Int64s) -> tuple[Int64s, Int64s]:
+    if not plan.scored:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    places = [np.arange(a - 1, b - 1) - plan.starts[segment] + first[segment] for segment, a, b in plan.scored]
+    targets = [plan.sequences[segment].tokens(a, b) for segment, a, b in plan.scored]
+    return np.concatenate(places, dtype=np.int64), np.concatenate(targets, dtype=np.int64)
 
 
 def _cumulative(lens: Int64s) -> Int32s:

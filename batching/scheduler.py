@@ -30,6 +30,9 @@ class StepPlan:
     starts: list[int] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     sampled: list[int] = field(default_factory=list)  # segments whose last token's logits are sampled
+    #: Prompt tokens whose log-probabilities this step gives, as (segment, first position, position after the last).
+    scored: list[tuple[int, int, int]] = field(default_factory=list)
+    completed: list[Sequence] = field(default_factory=list)  # they only had a prompt, and it ends with this step
     admitted: list[Sequence] = field(default_factory=list)  # their row's state on the device starts afresh
     #: Blocks appended since the last plan, as (row, index in the block_table, block).
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
@@ -39,13 +42,20 @@ class StepPlan:
         return sum(self.num_tokens)
 
     def append(self, seq: Sequence, num_tokens: int, *, is_sampled: bool) -> None:
-        if is_sampled:
-            self.sampled.append(len(self.sequences))
+        segment, end = len(self.sequences), seq.num_computed + num_tokens
+        if is_sampled and seq.max_tokens:
+            self.sampled.append(segment)
             seq.num_in_flight += 1
+        elif is_sampled:
+            self.completed.append(seq)
+        # The token at a position is scored by the logits of the one before it.
+        if seq.num_scored < (scored_end := min(end + 1, seq.num_prompt_tokens)):
+            self.scored.append((segment, seq.num_scored, scored_end))
+            seq.num_scored = scored_end
         self.sequences.append(seq)
         self.starts.append(seq.num_computed)
         self.num_tokens.append(num_tokens)
-        seq.num_computed += num_tokens
+        seq.num_computed = end
 
 
 @dataclass(slots=True)
@@ -91,7 +101,7 @@ class Scheduler:
         """Raises InvalidRequest when the Sequence could never finish."""
         if seq.seq_id in self._alive:
             raise InvalidRequest("duplicate_sequence", f"Sequence {seq.seq_id} is already here")
-        if seq.num_prompt_tokens < 1 or seq.max_tokens < 1:
+        if seq.num_prompt_tokens < 1 or seq.max_tokens < (1 if seq.score_from is None else 0):
             raise InvalidRequest(
                 "empty_sequence",
                 f"Sequence {seq.seq_id} has {seq.num_prompt_tokens} prompt tokens and max_tokens={seq.max_tokens}: "
@@ -146,6 +156,10 @@ class Scheduler:
                 self._finish(seq)
             elif num_outputs == seq.max_tokens:
                 outcome.finished.append((seq.seq_id, "length", num_outputs))
+                self._finish(seq)
+        for seq in plan.completed:
+            if seq.state is not SequenceState.FINISHED:
+                outcome.finished.append((seq.seq_id, "length", 0))
                 self._finish(seq)
         return outcome
 

@@ -23,10 +23,13 @@ class Sequence:
         "num_computed",
         "num_in_flight",
         "num_prefill",
+        "num_scored",
+        "num_top",
         "output_ids",
         "prompt_ids",
         "row",
         "sample",
+        "score_from",
         "seed",
         "seq_id",
         "state",
@@ -48,6 +51,8 @@ class Sequence:
         top_k: int = 0,
         seed: int = 0,
         sample: int = 0,
+        score_from: int | None = None,
+        num_top: int = 0,
     ) -> None:
         self.seq_id = seq_id
         self.prompt_ids = prompt_ids
@@ -58,6 +63,8 @@ class Sequence:
         self.top_k = top_k
         self.seed = seed
         self.sample = sample
+        self.score_from = score_from  # first prompt token whose log-probability is asked for
+        self.num_top = num_top
 
         self.state = SequenceState.WAITING
         self.output_ids: list[int] = []
@@ -66,6 +73,8 @@ class Sequence:
         self.num_prefill = (
             0  # tokens known at admission: up to here steps read them from the host, then from the device
         )
+        # Prompt tokens up to here are scored, or will be by a launched step: never again, also after a preemption.
+        self.num_scored = len(prompt_ids) if score_from is None else max(score_from, 1)
         self.block_table: list[int] = []
         self.row = -1  # index of the per-row state on the device while running
 
@@ -80,6 +89,12 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids) + self.num_in_flight
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading tokens whose K and V may come from elsewhere: nobody asks for the logits at their positions."""
+        needs_score = self.num_scored < len(self.prompt_ids)
+        return min(self.num_known, self.num_scored if needs_score else self.num_known) - 1
 
     @property
     def is_fully_scheduled(self) -> bool:

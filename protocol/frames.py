@@ -16,7 +16,10 @@ _MAX_FRAME_BYTES = 1 << 28
 
 
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
-    """One sample to generate. `token_ids` is little-endian int32; `seed` is set for every Sequence that draws."""
+    """One sample to generate. `token_ids` is little-endian int32; `seed` is set for every Sequence that draws.
+
+    With max_tokens=0 nothing is generated: the prompt is put through the model for its scores.
+    """
 
     seq_id: int
     token_ids: bytes
@@ -27,6 +30,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     top_k: int
     seed: int
     sample: int
+    score_from: int = -1  # log-probabilities of the prompt's tokens from here on are asked for; -1: of none
+    num_top: int = 0  # with each of them those of so many best tokens
 
 
 class Intake(msgspec.Struct, frozen=True, array_like=True, tag="intake"):
@@ -63,6 +68,22 @@ class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
 FinishReason = Literal["stop", "length"]
 
 
+class TokenScores(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of a Sequence's prompt tokens from `start` on, each given all tokens before it.
+
+    Little-endian arrays, parallel: `logprobs` float32, `ranks` int32 (1: the most likely), and `num_top` entries per
+    token, best first, in `top_ids` (int32) and `top_logprobs` (float32).
+    """
+
+    seq_id: int
+    start: int
+    logprobs: bytes
+    ranks: bytes
+    num_top: int = 0
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+
 class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """From the engine after each step.
 
@@ -79,6 +100,7 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     num_free_blocks: int
     num_scheduled_tokens: int
     refused: list[tuple[int, str]] = []
+    scores: list[TokenScores] = []
 
 
 Frame = Intake | EngineReady | EngineFailed | StepFrame

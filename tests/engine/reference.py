@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from protocol.frames import NewSequence
+from protocol.frames import NewSequence, TokenScores
 from protocol.settings import EngineSettings
 from tests.engine.families import FAMILIES, VOCAB_SIZE
 from worker.engine.engine import Engine
@@ -87,9 +87,13 @@ def new_sequence(
     top_k: int = 0,
     seed: int = 0,
     sample: int = 0,
+    score_from: int = -1,
+    num_top: int = 0,
 ) -> NewSequence:
     token_ids = np.array(prompt, dtype="<i4").tobytes()
-    return NewSequence(seq_id, token_ids, max_tokens, stop, temperature, top_p, top_k, seed, sample)
+    return NewSequence(
+        seq_id, token_ids, max_tokens, stop, temperature, top_p, top_k, seed, sample, score_from, num_top
+    )
 
 
 @dataclass
@@ -98,6 +102,7 @@ class Run:
 
     outputs: dict[int, list[int]] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
+    scores: dict[int, list[TokenScores]] = field(default_factory=dict)
     num_steps: int = 0
     max_step_tokens: int = 0
 
@@ -126,6 +131,9 @@ def collect(engine: Engine, run: Run) -> None:
     seq_ids, token_ids = np.frombuffer(frame.seq_ids, "<i8"), np.frombuffer(frame.token_ids, "<i4")
     for seq_id, token_id in zip(seq_ids.tolist(), token_ids.tolist(), strict=True):
         run.outputs.setdefault(seq_id, []).append(token_id)
+    for part in frame.scores:
+        assert part.seq_id not in run.reasons
+        run.scores.setdefault(part.seq_id, []).append(part)
     for seq_id, reason, num_tokens in frame.finished:
         assert num_tokens == len(run.outputs[seq_id])
         assert seq_id not in run.reasons

@@ -11,13 +11,14 @@ from batching.block_manager import BlockManager
 from batching.scheduler import Outcome, Scheduler, StepPlan
 from batching.sequence import Sequence
 from protocol.errors import ConfigurationError, InvalidRequest
-from protocol.frames import EngineReady, NewSequence, StepFrame
+from protocol.frames import EngineReady, NewSequence, StepFrame, TokenScores
 from protocol.settings import EngineSettings
 from worker.engine.attention import AttentionBackend, choose_backend
 from worker.engine.kv_cache import block_bytes
 from worker.engine.loader import LoadedModel, load_model
 from worker.engine.model_files import ENGINE_VERSION, files_digest, fingerprint, resolve_folder
 from worker.engine.runner import Runner, StepHandle
+from worker.engine.scorer import Scores
 
 log = logging.getLogger("millrace.engine")
 
@@ -98,6 +99,8 @@ class Engine:
             top_k=new.top_k,
             seed=new.seed,
             sample=new.sample,
+            score_from=None if new.score_from < 0 else new.score_from,
+            num_top=new.num_top,
         )
         try:
             self._check_vocabulary(sequence)
@@ -119,10 +122,14 @@ class Engine:
         refused, self._refused = self._refused, []
         if self._in_flight:
             plan, handle = self._in_flight.popleft()
-            return self._frame(self.scheduler.process(plan, handle.wait()), plan.num_scheduled_tokens, refused)
-        return self._frame(Outcome(), 0, refused) if refused else None
+            outcome = self.scheduler.process(plan, handle.wait())
+            scores = [] if handle.scores is None else token_scores(plan, handle.scores)
+            return self._frame(outcome, plan.num_scheduled_tokens, refused, scores)
+        return self._frame(Outcome(), 0, refused, []) if refused else None
 
-    def _frame(self, outcome: Outcome, num_scheduled_tokens: int, refused: list[tuple[int, str]]) -> StepFrame:
+    def _frame(
+        self, outcome: Outcome, num_scheduled_tokens: int, refused: list[tuple[int, str]], scores: list[TokenScores]
+    ) -> StepFrame:
         return StepFrame(
             seq_ids=np.array(outcome.seq_ids, dtype="<i8").tobytes(),
             token_ids=np.array(outcome.token_ids, dtype="<i4").tobytes(),
@@ -132,6 +139,7 @@ class Engine:
             num_free_blocks=self.scheduler.blocks.num_free,
             num_scheduled_tokens=num_scheduled_tokens,
             refused=refused,
+            scores=scores,
         )
 
     def _check_vocabulary(self, sequence: Sequence) -> None:
@@ -196,14 +204,15 @@ def _memory_budget(device: torch.device, settings: EngineSettings) -> float:
 def _peak_bytes(loaded: LoadedModel, settings: EngineSettings, backend: AttentionBackend, max_num_seqs: int) -> int:
     """What weights and the largest step take without the KV cache, measured by running one.
 
-    The step is full, samples as many rows as may run, and draws them all with top_p, whose sort takes most memory.
+    The step is full, samples as many rows as may run, draws them all with top_p, whose sort takes most memory, and
+    scores every token.
     """
     num_each = max(1, min(settings.max_batch_tokens // max_num_seqs, loaded.max_model_len - 1))
     num_blocks = max_num_seqs * -(-(num_each + 1) // backend.block_size)
     scheduler = _scheduler(loaded, settings, num_blocks, backend.block_size)
     for i in range(max_num_seqs):
         prompt = np.zeros(num_each, dtype=np.int32)
-        scheduler.add(Sequence(i, prompt, max_tokens=1, temperature=1.0, top_p=0.5))
+        scheduler.add(Sequence(i, prompt, max_tokens=1, temperature=1.0, top_p=0.5, score_from=1, num_top=1))
     plan = scheduler.schedule()
     assert plan is not None
     torch.cuda.reset_peak_memory_stats(loaded.device)
@@ -211,6 +220,29 @@ def _peak_bytes(loaded: LoadedModel, settings: EngineSettings, backend: Attentio
     peak = torch.cuda.max_memory_allocated(loaded.device)
     torch.cuda.empty_cache()
     return peak - num_blocks * block_bytes(loaded.layers, backend.block_size, loaded.dtype)
+
+
+def token_scores(plan: StepPlan, scores: Scores) -> list[TokenScores]:
+    """A step's scores, apart for each Sequence."""
+    logprobs, ranks = scores.logprobs.numpy(), scores.ranks.numpy()
+    top_ids, top_logprobs = scores.top_ids.numpy(), scores.top_logprobs.numpy()
+    found, at = [], 0
+    for segment, start, end in plan.scored:
+        seq, part = plan.sequences[segment], slice(at, at + end - start)
+        at += end - start
+        num_top = min(seq.num_top, top_ids.shape[1])
+        found.append(
+            TokenScores(
+                seq_id=seq.seq_id,
+                start=start,
+                logprobs=logprobs[part].astype("<f4").tobytes(),
+                ranks=ranks[part].astype("<i4").tobytes(),
+                num_top=num_top,
+                top_ids=top_ids[part, :num_top].astype("<i4").tobytes(),
+                top_logprobs=top_logprobs[part, :num_top].astype("<f4").tobytes(),
+            )
+        )
+    return found
 
 
 def _device_name(device: torch.device) -> str:

@@ -21,6 +21,7 @@ from worker.engine.attention import AttentionBackend, AttentionStep
 from worker.engine.kv_cache import KVCache
 from worker.engine.loader import LoadedModel
 from worker.engine.sampler import Draws, sample
+from worker.engine.scorer import Scorer, Scores
 
 Array = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 
@@ -49,6 +50,7 @@ class StepHandle:
 
     tokens: Tensor  # (K,) int64, pinned when `done` is there
     done: torch.cuda.Event | None
+    scores: Scores | None = None  # to be read after `wait`
 
     def wait(self) -> npt.NDArray[np.int64]:
         if self.done is not None:
@@ -63,6 +65,7 @@ class Runner:
         self.backend = backend
         self.device = device = loaded.device
         self.max_blocks = -(-loaded.max_model_len // backend.block_size)
+        self._scorer = Scorer(loaded.model)
         self.resize_cache(num_blocks)
 
         num_rows = max_num_seqs
@@ -99,17 +102,22 @@ class Runner:
         positions = torch.cat((self._length[decode_rows], sent["prefill_positions"]))  # (T,)
         step = self._attention_step(layout, sent, positions)
         self._length.index_copy_(0, rows, sent["kv_lens"])
-        logits = self.loaded.model(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=sent["sampled"],
-            **{attention.STEP: step},
-        ).logits[0]  # (K, V)
+        with self._scorer.watch(bool(plan.scored)):
+            logits = self.loaded.model(
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=sent["sampled"],
+                **{attention.STEP: step},
+            ).logits[0]  # (K, V)
         sampled_rows = sent["sampled_rows"]
         tokens = sample(logits, self._gather_draws(sent, sampled_rows, positions) if len(draw_slots) else None)
         self._last_token.index_copy_(0, sampled_rows, tokens)
-        return self._fetch(tokens)
+        scores = None
+        if plan.scored:
+            num_top = max(plan.sequences[segment].num_top for segment, _, _ in plan.scored)
+            scores = self._scorer.score(sent["scored"], sent["score_targets"], num_top)
+        return self._fetch(tokens, scores)
 
     def _note_admitted(self, plan: StepPlan) -> npt.NDArray[np.bool_]:
         for seq in plan.admitted:
@@ -131,6 +139,8 @@ class Runner:
             "sampled": layout.sampled,
             "sampled_rows": layout.sampled_rows,
         }
+        if len(layout.scored):
+            arrays["scored"], arrays["score_targets"] = layout.scored, layout.score_targets
         if plan.new_blocks:
             blocks = np.array(plan.new_blocks, dtype=np.int64)  # (blocks, 3)
             arrays["block_places"] = blocks[:, 0] * self.max_blocks + blocks[:, 1]
@@ -195,12 +205,13 @@ class Runner:
             position=positions[sent["sampled"][slots]] + 1,
         )
 
-    def _fetch(self, tokens: Tensor) -> StepHandle:
+    def _fetch(self, tokens: Tensor, scores: Scores | None) -> StepHandle:
         if self.device.type != "cuda":
-            return StepHandle(tokens, None)
+            return StepHandle(tokens, None, scores)
         host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
-        return StepHandle(host, torch.cuda.current_stream(self.device).record_event())
+        scores = None if scores is None else scores.to_host()
+        return StepHandle(host, torch.cuda.current_stream(self.device).record_event(), scores)
 
 
 def _as_int64(seed: int) -> int:

@@ -1,0 +1,101 @@
+"""Scorer: log-probabilities of given tokens from a step's hidden states, some rows of logits at a time.
+
+Logits come from the model's own code, scales and softcaps included: its backbone is run once, then handed back piece
+by piece while the model's forward is run for what follows it.
+
+Letters: C scored positions, V vocabulary, E hidden size, N alternatives per position.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Float32 logits that exist at once, in bytes. Large enough to keep a GPU busy, small beside any KV cache.
+PIECE_BYTES = 1 << 28
+#: On a CPU smaller pieces stay closer to its caches and lose nothing.
+CPU_PIECE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of C tokens: their log-probabilities, their ranks (1: the most likely), and the N best tokens."""
+
+    logprobs: Tensor  # (C,) float32
+    ranks: Tensor  # (C,) int32
+    top_ids: Tensor  # (C, N) int32
+    top_logprobs: Tensor  # (C, N) float32
+
+    def to_host(self) -> "Scores":
+        """Copies on their way to pinned memory, complete when the stream has come this far."""
+        return Scores(*(_to_pinned(x) for x in (self.logprobs, self.ranks, self.top_ids, self.top_logprobs)))
+
+
+class Scorer:
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._backbone: nn.Module = model.base_model
+        self._output: Any = None
+
+    @contextmanager
+    def watch(self, is_wanted: bool) -> Iterator[None]:
+        """Keep the backbone's output of the forward within; costs nothing when it is not wanted."""
+        if not is_wanted:
+            yield
+            return
+        hook = self._backbone.register_forward_hook(self._keep)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def score(self, places: Tensor, targets: Tensor, num_top: int) -> Scores:
+        """`places` (C,) are indices into the watched forward's tokens, all rows after each other."""
+        output, self._output = self._output, None
+        hidden = output[0].flatten(0, 1)  # (tokens, E)
+        vocab_size = self._model.get_output_embeddings().weight.shape[0]
+        limit = PIECE_BYTES if hidden.is_cuda else CPU_PIECE_BYTES
+        size = max(limit // (4 * vocab_size), 1)
+        parts = [
+            _score(self._logits(output, hidden.index_select(0, place)), target, num_top)
+            for place, target in zip(torch.split(places, size), torch.split(targets, size), strict=True)
+        ]
+        return Scores(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+    def _keep(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._output = output
+
+    def _logits(self, output: Any, hidden: Tensor) -> Tensor:
+        """hidden (c, E) -> logits (c, V)."""
+        recalled = _with_hidden(output, hidden.unsqueeze(0))
+        dummy = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        self._backbone.forward = lambda *arguments, **keywords: recalled
+        try:
+            logits: Tensor = self._model(input_ids=dummy, use_cache=False).logits
+        finally:
+            del self._backbone.forward  # the class's own is found again
+        return logits[0]
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """The backbone's output with other hidden states and nothing that belongs to whole Sequences."""
+    return type(output)(last_hidden_state=hidden)
+
+
+def _score(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = logits.float()
+    chosen = logits.gather(1, targets[:, None])  # (c, 1)
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    # Equal logits rank by token id, as argmax takes the first of them.
+    is_before = torch.arange(logits.shape[-1], device=logits.device) < targets[:, None]
+    ranks = ((logits > chosen) | ((logits == chosen) & is_before)).sum(dim=-1, dtype=torch.int32) + 1
+    best = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
+    return (chosen - total).squeeze(1), ranks, best.indices.int(), best.values - total
+
+
+def _to_pinned(x: Tensor) -> Tensor:
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return host.copy_(x, non_blocking=True)
