@@ -87,7 +87,7 @@ class AttentionStep:
     cu_query_lens: Tensor  # (S + 1,) int32
     cu_kv_lens: Tensor  # (S + 1,) int32
     # The same lengths on the host, so that no backend has to ask the device.
-    max_decode_len: int
+    decode_kv_lens: npt.NDArray[np.int64]  # (D,)
     query_lens: npt.NDArray[np.int64]  # (S,)
     kv_lens: npt.NDArray[np.int64]  # (S,)
 

@@ -186,7 +186,7 @@ class Runner:
             prefill_tables=tables[num_decode:],
             cu_query_lens=sent["cu_query_lens"].int(),
             cu_kv_lens=sent["cu_kv_lens"].int(),
-            max_decode_len=int(layout.kv_lens[:num_decode].max(initial=0)),
+            decode_kv_lens=layout.kv_lens[:num_decode],
             query_lens=layout.query_lens[num_decode:],
             kv_lens=layout.kv_lens[num_decode:],
         )
