@@ -6,6 +6,7 @@ scheduled past max_tokens; a stop token is seen one step late and what was sampl
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +41,11 @@ class StepPlan:
     @property
     def num_scheduled_tokens(self) -> int:
         return sum(self.num_tokens)
+
+    @property
+    def num_padding_tokens(self) -> int:
+        """Computed beside them for nobody: none in a flat row."""
+        return 0
 
     def append(self, seq: Sequence, num_tokens: int, *, is_sampled: bool) -> None:
         segment, end = len(self.sequences), seq.num_computed + num_tokens
@@ -101,23 +107,7 @@ class Scheduler:
         """Raises InvalidRequest when the Sequence could never finish."""
         if seq.seq_id in self._alive:
             raise InvalidRequest("duplicate_sequence", f"Sequence {seq.seq_id} is already here")
-        if seq.num_prompt_tokens < 1 or seq.max_tokens < (1 if seq.score_from is None else 0):
-            raise InvalidRequest(
-                "empty_sequence",
-                f"Sequence {seq.seq_id} has {seq.num_prompt_tokens} prompt tokens and max_tokens={seq.max_tokens}: "
-                "both must be at least 1",
-            )
-        total = seq.num_prompt_tokens + seq.max_tokens
-        for limit, name, setting in (
-            (self.max_model_len, "the model's limit", "max_model_len"),
-            (self.blocks.capacity, "the KV cache", "kv_tokens"),
-        ):
-            if total > limit:
-                raise InvalidRequest(
-                    "context_length_exceeded",
-                    f"{seq.num_prompt_tokens} prompt tokens and max_tokens={seq.max_tokens} make {total}, over "
-                    f"{name} of {limit} tokens ({setting}): shorten the prompt or lower max_tokens",
-                )
+        check_fits(seq, self.max_model_len, self.blocks.capacity)
         self._alive[seq.seq_id] = seq
         self._waiting.append(seq)
 
@@ -141,27 +131,7 @@ class Scheduler:
 
     def process(self, plan: StepPlan, tokens: npt.NDArray[np.int64]) -> Outcome:
         """Apply a step's sampled tokens, one per entry of `plan.sampled`."""
-        outcome = Outcome()
-        for segment, token in zip(plan.sampled, tokens.tolist(), strict=True):
-            seq = plan.sequences[segment]
-            seq.num_in_flight -= 1
-            if seq.state is SequenceState.FINISHED:
-                continue
-            seq.output_ids.append(token)
-            outcome.seq_ids.append(seq.seq_id)
-            outcome.token_ids.append(token)
-            num_outputs = len(seq.output_ids)
-            if token in seq.stop_token_ids:
-                outcome.finished.append((seq.seq_id, "stop", num_outputs))
-                self._finish(seq)
-            elif num_outputs == seq.max_tokens:
-                outcome.finished.append((seq.seq_id, "length", num_outputs))
-                self._finish(seq)
-        for seq in plan.completed:
-            if seq.state is not SequenceState.FINISHED:
-                outcome.finished.append((seq.seq_id, "length", 0))
-                self._finish(seq)
-        return outcome
+        return apply_tokens(plan, tokens, self._finish)
 
     def _schedule_decode(self, plan: StepPlan) -> None:
         block_size = self.blocks.block_size
@@ -235,3 +205,49 @@ class Scheduler:
         seq.block_table = []
         self._free_rows.append(seq.row)
         seq.row = -1
+
+
+def check_fits(seq: Sequence, max_model_len: int, capacity: int) -> None:
+    """Raises InvalidRequest when the Sequence could never finish."""
+    if seq.num_prompt_tokens < 1 or seq.max_tokens < (1 if seq.score_from is None else 0):
+        raise InvalidRequest(
+            "empty_sequence",
+            f"Sequence {seq.seq_id} has {seq.num_prompt_tokens} prompt tokens and max_tokens={seq.max_tokens}: "
+            "both must be at least 1",
+        )
+    total = seq.num_prompt_tokens + seq.max_tokens
+    for limit, name, setting in (
+        (max_model_len, "the model's limit", "max_model_len"),
+        (capacity, "the KV cache", "kv_tokens"),
+    ):
+        if total > limit:
+            raise InvalidRequest(
+                "context_length_exceeded",
+                f"{seq.num_prompt_tokens} prompt tokens and max_tokens={seq.max_tokens} make {total}, over "
+                f"{name} of {limit} tokens ({setting}): shorten the prompt or lower max_tokens",
+            )
+
+
+def apply_tokens(plan: StepPlan, tokens: npt.NDArray[np.int64], finish: Callable[[Sequence], None]) -> Outcome:
+    """Give a step's sampled tokens to its Sequences, and `finish` those that end with theirs."""
+    outcome = Outcome()
+    for segment, token in zip(plan.sampled, tokens.tolist(), strict=True):
+        seq = plan.sequences[segment]
+        seq.num_in_flight -= 1
+        if seq.state is SequenceState.FINISHED:
+            continue
+        seq.output_ids.append(token)
+        outcome.seq_ids.append(seq.seq_id)
+        outcome.token_ids.append(token)
+        num_outputs = len(seq.output_ids)
+        if token in seq.stop_token_ids:
+            outcome.finished.append((seq.seq_id, "stop", num_outputs))
+            finish(seq)
+        elif num_outputs == seq.max_tokens:
+            outcome.finished.append((seq.seq_id, "length", num_outputs))
+            finish(seq)
+    for seq in plan.completed:
+        if seq.state is not SequenceState.FINISHED:
+            outcome.finished.append((seq.seq_id, "length", 0))
+            finish(seq)
+    return outcome

@@ -132,7 +132,7 @@ def check_family(loaded: LoadedModel, settings: EngineSettings, num_prompts: int
     prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(1, max_prompt))] for _ in range(num_prompts)]
     engine = Engine(loaded, settings)
     outputs = generate(engine, prompts, NUM_OUTPUT_TOKENS, wave=4)
-    counts: dict[str, Any] = {"backend": engine.backend.name, "preemptions": engine.scheduler.num_preemptions}
+    counts: dict[str, Any] = {"backend": engine.attention_name, "preemptions": engine.scheduler.num_preemptions}
     return counts | compare(loaded.model, prompts, outputs)
 
 
@@ -179,7 +179,7 @@ def measure_speed(settings: EngineSettings, device: torch.device, dtype: torch.d
         "output_tokens_per_second": round(num_tokens / elapsed, 1),
         "milliseconds_per_step": round(1000 * elapsed / num_out, 3),
         "kv_tokens": engine.scheduler.blocks.capacity,
-        "backend": engine.backend.name,
+        "backend": engine.attention_name,
     }
     if device.type == "cuda":
         check_sync(engine)

@@ -56,6 +56,7 @@ class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     dtype: str
     attention_backend: str
     versions: dict[str, str]
+    layout: str = "packed"  # or padded
 
 
 class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
@@ -100,6 +101,7 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     num_free_blocks: int
     num_scheduled_tokens: int
     refused: list[tuple[int, str]] = []
+    num_padding_tokens: int = 0  # beside the scheduled ones: computed for nobody
     scores: list[TokenScores] = []
 
 

@@ -31,6 +31,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     revision: str | None = None  # of a hub name; a local folder has none
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU | float32 | bfloat16 | float16
+    layout: str = "auto"  # auto | packed | padded; auto: packed where the model allows it
     attention: str = "auto"  # auto | sdpa | flash-attn-2
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the model's config says
     kv_tokens: int | None = None  # capacity of the KV cache; None: from memory_fraction on CUDA, a fixed size on CPU

@@ -31,6 +31,8 @@ class Family:
     fields: dict[str, Any]
     max_prompt: int = 60
     seed: int = 0
+    std: float = 0.15
+    is_packable: bool = True
 
     def build(self) -> Any:
         """A model of two layers whose weights are wide enough that its texts vary."""
@@ -43,7 +45,7 @@ class Family:
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:
-                    parameter.normal_(std=0.15)
+                    parameter.normal_(std=self.std)
         return model.eval()
 
 
@@ -61,6 +63,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family("Phi3Config", _DECODER, seed=1),
     "gpt2": Family("GPT2Config", _GPT2),
+    "bloom": Family(
+        "BloomConfig",
+        {"hidden_size": 64, "n_layer": 2, "n_head": 4, "seq_length": 512, "tie_word_embeddings": False},
+        std=0.3,
+        is_packable=False,
+    ),
 }
 
 
@@ -70,6 +78,7 @@ class Variant:
 
     settings: dict[str, Any] = field(default_factory=dict)
     wave: int = 4
+    layout: str = "packed"
     check: Callable[[Any, Any], bool] = lambda engine, run: True
 
 
@@ -89,4 +98,10 @@ VARIANTS: dict[str, Variant] = {
     "preempted": Variant({"lookahead": 0, **_TIGHT}, wave=8, check=_preempted),
     "preempted, one step ahead": Variant({"lookahead": 1, **_TIGHT}, wave=8, check=_preempted),
     "chunks of 7": Variant({"lookahead": 1, "max_batch_tokens": 7}, check=_within(7)),
+    "padded": Variant({"layout": "padded"}, layout="padded"),
+    "padded, tight": Variant({"layout": "padded", **_TIGHT}, wave=8, layout="padded", check=_within(23)),
+    "padded, chunks of 7": Variant({"layout": "padded", "max_batch_tokens": 7}, layout="padded", check=_within(7)),
 }
+
+#: Every family in every way that it can be run.
+CASES = [(name, way) for name, family in FAMILIES.items() for way in VARIANTS if family.is_packable or "padded" in way]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.families import FAMILIES, VARIANTS
+from tests.engine.families import CASES, VARIANTS
 from tests.engine.reference import (
     Reference,
     assert_equal_where_decided,
@@ -21,8 +21,7 @@ from worker.engine.engine import Engine
 BUNDLED = Path(__file__).parents[2] / "models" / "millrace-tiny"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "variant"), CASES)
 def test_greedy_text_equals_transformers_one_at_a_time(
     family: str, variant: str, model_folder: Callable[[str], Path], reference: Callable[[str], Reference]
 ) -> None:
@@ -37,6 +36,7 @@ def test_greedy_text_equals_transformers_one_at_a_time(
     assert_equal_where_decided([run.outputs[i] for i in range(len(expected.prompts))], expected)
     assert set(run.reasons.values()) == {"length"}
     assert way.check(engine, run)
+    assert engine.ready().layout == way.layout
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])

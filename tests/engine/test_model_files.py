@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from protocol.errors import ConfigurationError
 from protocol.settings import EngineSettings
+from worker.engine import memory
+from worker.engine.engine import Engine
 from worker.engine.loader import load_model
 from worker.engine.model_files import files_digest, fingerprint, resolve_folder
 
@@ -104,11 +107,10 @@ def save(folder: Path, name: str, **fields: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "words"),
+    ("name", "fields", "reason"),
     [
-        ("BloomConfig", {"hidden_size": 32, "n_head": 4}, "'bloom' are not supported.*0 of 2 layers"),
-        ("FalconConfig", {"hidden_size": 32, "num_attention_heads": 4}, "'falcon' are not supported"),
-        ("MambaConfig", {"hidden_size": 32}, "'mamba' are not supported"),
+        ("BloomConfig", {"hidden_size": 32, "n_head": 4}, "does not use the AttentionInterface"),
+        ("FalconConfig", {"hidden_size": 32, "num_attention_heads": 4}, "does not use the AttentionInterface"),
         (
             "GptOssConfig",
             {
@@ -125,20 +127,37 @@ def save(folder: Path, name: str, **fields: object) -> Path:
         ),
     ],
 )
-def test_model_that_cannot_run_packed_is_refused_by_its_type(
-    name: str, fields: dict[str, object], words: str, tmp_path: Path
+def test_model_that_cannot_run_packed_runs_padded_and_the_log_says_why(
+    name: str, fields: dict[str, object], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save(tmp_path, name, **fields)
+    caplog.set_level("INFO", logger="millrace.engine")
 
-    with pytest.raises(ConfigurationError, match=words):
-        load_model(folder, EngineSettings(device="cpu"))
+    loaded = load_model(folder, EngineSettings(device="cpu", max_model_len=64))
+
+    assert loaded.layout == "padded"
+    assert any("layout padded" in line and reason in line for line in caplog.messages)
+    with pytest.raises(ConfigurationError, match=r"layout='packed', but models of type .* use auto or padded"):
+        load_model(folder, EngineSettings(device="cpu", max_model_len=64, layout="packed"))
+
+
+def test_model_without_a_cache_of_keys_and_values_is_refused_by_its_type(tmp_path: Path) -> None:
+    folder = save(tmp_path, "MambaConfig", hidden_size=32)
+
+    with pytest.raises(ConfigurationError, match=r"'mamba' are not supported.*Supported are"):
+        load_model(folder, EngineSettings(device="cpu", max_model_len=64))
+
+
+def test_unknown_layout_is_refused_by_name(model_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigurationError, match="layout='ragged' is unknown: it is one of auto, packed, padded"):
+        load_model(model_folder("llama"), EngineSettings(device="cpu", layout="ragged"))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantized"),
-        ({"model_type": "made-up"}, "cannot load the model"),
+        ({"model_type": "made-up"}, "models of type 'made-up' are unknown to transformers.*Supported are"),
     ],
 )
 def test_config_that_cannot_be_served_is_refused(
@@ -175,3 +194,37 @@ def test_longrope_beyond_its_original_length_is_refused(tmp_path: Path) -> None:
         load_model(folder, EngineSettings(device="cpu"))
 
     assert load_model(folder, EngineSettings(device="cpu", max_model_len=128)).max_model_len == 128
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_numbers(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder("llama")
+    monkeypatch.setattr(memory, "available_bytes", lambda device, settings: 100_000)
+
+    with pytest.raises(ConfigurationError, match=r"take .* GiB in float32.*are available on cpu.*dtype=bfloat16"):
+        load_model(folder, EngineSettings(device="cpu"))
+
+
+def test_weights_are_counted_as_they_will_be_loaded(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    loaded = load_model(folder, EngineSettings(device="cpu"))
+    num_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+
+    assert memory.weight_bytes(folder, torch.float32) == num_bytes
+    assert memory.weight_bytes(folder, torch.bfloat16) == num_bytes // 2
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_cache_that_does_not_fit_is_refused_with_the_number_that_would(
+    layout: str, model_folder: Callable[[str], Path]
+) -> None:
+    settings = EngineSettings(model=str(model_folder("llama")), device="cpu", layout=layout, kv_tokens=10**12)
+
+    with pytest.raises(
+        ConfigurationError, match=r"KV cache of 1000000000000 tokens.*kv_tokens to \d+ or less"
+    ) as caught:
+        Engine.start(settings)
+
+    fitting = int(str(caught.value).split("kv_tokens to ")[1].split()[0])
+    assert 0 < fitting < 10**12

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from protocol.frames import NewSequence
-from tests.engine.families import FAMILIES, VARIANTS
+from tests.engine.families import CASES, FAMILIES, VARIANTS
 from tests.engine.reference import Run, drive, new_sequence, random_prompts, settings_for
 from worker.engine import scorer
 from worker.engine.engine import Engine
@@ -59,8 +59,7 @@ def mixed(prompts: list[list[int]]) -> tuple[list[NewSequence], list[tuple[int, 
     return sequences, asked
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "variant"), CASES)
 def test_scores_equal_a_plain_forward(
     family: str, variant: str, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from batching.block_manager import BlockManager
+from batching.padded import PaddedScheduler
 from batching.scheduler import Outcome, Scheduler, StepPlan
 from batching.sequence import Sequence
 from protocol.errors import ConfigurationError, InvalidRequest
@@ -16,9 +17,12 @@ from protocol.settings import EngineSettings
 from worker.engine.attention import AttentionBackend, choose_backend
 from worker.engine.kv_cache import block_bytes
 from worker.engine.loader import LoadedModel, load_model
+from worker.engine.memory import available_bytes, check_cache
 from worker.engine.model_files import ENGINE_VERSION, files_digest, fingerprint, resolve_folder
+from worker.engine.padded_runner import PaddedRunner
 from worker.engine.runner import Runner, StepHandle
 from worker.engine.scorer import Scores
+from worker.engine.waste import Waste
 
 log = logging.getLogger("millrace.engine")
 
@@ -37,18 +41,28 @@ class Engine:
         self.lookahead = settings.lookahead
         if self.lookahead is None:
             self.lookahead = 1 if loaded.device.type == "cuda" else 0
-        self.backend = choose_backend(settings.attention, loaded.device, loaded.dtype)
         max_num_seqs = min(settings.max_num_seqs, settings.max_batch_tokens)
-        num_blocks = _num_blocks(loaded, settings, self.backend, max_num_seqs)
-        self.runner = Runner(loaded, self.backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks)
-        self.scheduler = _scheduler(loaded, settings, num_blocks, self.backend.block_size)
+        self.scheduler: Scheduler | PaddedScheduler
+        if loaded.layout == "padded":
+            self.lookahead = 0  # a rectangle's next tokens come from the host
+            self.attention_name = f"transformers' {loaded.attention}"
+            self.runner: Runner = PaddedRunner(loaded, max_num_seqs=max_num_seqs)
+            self.scheduler = _padded_scheduler(loaded, settings, _num_padded_tokens(loaded, settings, self.runner))
+        else:
+            backend = choose_backend(settings.attention, loaded.device, loaded.dtype)
+            self.attention_name = backend.name
+            num_blocks = _num_blocks(loaded, settings, backend, max_num_seqs)
+            self.runner = Runner(loaded, backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks)
+            self.scheduler = _scheduler(loaded, settings, num_blocks, backend.block_size)
+        self._waste = Waste(loaded.layout)
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._refused: list[tuple[int, str]] = []
         log.info(
-            "attention backend %s, KV cache of %d blocks of %d tokens, lookahead %d",
-            self.backend.name,
-            num_blocks,
-            self.backend.block_size,
+            "layout %s, attention backend %s, KV cache of %d blocks of %d tokens, lookahead %d",
+            loaded.layout,
+            self.attention_name,
+            self.scheduler.blocks.num_blocks,
+            self.scheduler.blocks.block_size,
             self.lookahead,
         )
 
@@ -75,16 +89,17 @@ class Engine:
             max_model_len=self.loaded.max_model_len,
             kv_tokens=self.scheduler.blocks.capacity,
             max_num_seqs=self.scheduler.max_num_seqs,
-            block_size=self.backend.block_size,
+            block_size=self.scheduler.blocks.block_size,
             device=_device_name(self.loaded.device),
             dtype=self.loaded.dtype_name,
-            attention_backend=self.backend.name,
+            attention_backend=self.attention_name,
             versions={
                 "engine": ENGINE_VERSION,
                 "python": platform.python_version(),
                 "torch": str(torch.__version__),
                 "transformers": transformers.__version__,
             },
+            layout=self.loaded.layout,
         )
 
     def add(self, new: NewSequence) -> None:
@@ -124,11 +139,14 @@ class Engine:
             plan, handle = self._in_flight.popleft()
             outcome = self.scheduler.process(plan, handle.wait())
             scores = [] if handle.scores is None else token_scores(plan, handle.scores)
-            return self._frame(outcome, plan.num_scheduled_tokens, refused, scores)
-        return self._frame(Outcome(), 0, refused, []) if refused else None
+            self._waste.count(plan.num_scheduled_tokens, plan.num_padding_tokens)
+            if not self.has_work:
+                self._waste.report()
+            return self._frame(outcome, plan, refused, scores)
+        return self._frame(Outcome(), StepPlan(), refused, []) if refused else None
 
     def _frame(
-        self, outcome: Outcome, num_scheduled_tokens: int, refused: list[tuple[int, str]], scores: list[TokenScores]
+        self, outcome: Outcome, plan: StepPlan, refused: list[tuple[int, str]], scores: list[TokenScores]
     ) -> StepFrame:
         return StepFrame(
             seq_ids=np.array(outcome.seq_ids, dtype="<i8").tobytes(),
@@ -137,8 +155,9 @@ class Engine:
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_free_blocks=self.scheduler.blocks.num_free,
-            num_scheduled_tokens=num_scheduled_tokens,
+            num_scheduled_tokens=plan.num_scheduled_tokens,
             refused=refused,
+            num_padding_tokens=plan.num_padding_tokens,
             scores=scores,
         )
 
@@ -173,6 +192,15 @@ def _scheduler(loaded: LoadedModel, settings: EngineSettings, num_blocks: int, b
     )
 
 
+def _padded_scheduler(loaded: LoadedModel, settings: EngineSettings, num_tokens: int) -> PaddedScheduler:
+    return PaddedScheduler(
+        num_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_model_len=loaded.max_model_len,
+    )
+
+
 def _num_blocks(loaded: LoadedModel, settings: EngineSettings, backend: AttentionBackend, max_num_seqs: int) -> int:
     block_size = backend.block_size
     bytes_each = block_bytes(loaded.layers, block_size, loaded.dtype)
@@ -181,24 +209,47 @@ def _num_blocks(loaded: LoadedModel, settings: EngineSettings, backend: Attentio
             raise ConfigurationError(
                 f"engine.kv_tokens={settings.kv_tokens} is less than one block of {block_size} tokens"
             )
+        check_cache(loaded.device, settings.kv_tokens // block_size * bytes_each, settings.kv_tokens, settings)
         return settings.kv_tokens // block_size
     if loaded.device.type != "cuda":
-        wanted = -(-max_num_seqs * min(loaded.max_model_len, CPU_TOKENS_PER_SEQUENCE) // block_size)
-        return max(min(wanted, CPU_MAX_BYTES // bytes_each), 1)
-    available = int(_memory_budget(loaded.device, settings) - _peak_bytes(loaded, settings, backend, max_num_seqs))
+        return _cpu_tokens(loaded, settings, max_num_seqs) // block_size or 1
+    peak = _peak_bytes(loaded, settings, backend, max_num_seqs)
+    return _left_beside(peak, bytes_each, loaded, settings) // bytes_each
+
+
+def _num_padded_tokens(loaded: LoadedModel, settings: EngineSettings, runner: Runner) -> int:
+    bytes_each = block_bytes(loaded.layers, 1, loaded.dtype)
+    if settings.kv_tokens is not None:
+        check_cache(loaded.device, settings.kv_tokens * bytes_each, settings.kv_tokens, settings)
+        return settings.kv_tokens
+    if loaded.device.type != "cuda":
+        return _cpu_tokens(loaded, settings, min(settings.max_num_seqs, settings.max_batch_tokens))
+    most = settings.max_num_seqs * loaded.max_model_len
+    scheduler = _padded_scheduler(loaded, settings, most)
+    peak = _measure(loaded, settings, scheduler, runner)
+    # Each step a layer's cache is copied into one that is longer by a column: for a moment it is there twice.
+    bytes_each += -(-bytes_each // len(loaded.layers))
+    return min(_left_beside(peak, bytes_each, loaded, settings) // bytes_each, most)
+
+
+def _cpu_tokens(loaded: LoadedModel, settings: EngineSettings, max_num_seqs: int) -> int:
+    """A cache that is always enough for some Sequences, and leaves the machine's other work its memory."""
+    wanted = max_num_seqs * min(loaded.max_model_len, CPU_TOKENS_PER_SEQUENCE)
+    bytes_each = block_bytes(loaded.layers, 1, loaded.dtype)
+    limit = min(CPU_MAX_BYTES, available_bytes(loaded.device, settings) // 2)
+    return max(min(wanted, limit // bytes_each), 1)
+
+
+def _left_beside(peak: int, bytes_each: int, loaded: LoadedModel, settings: EngineSettings) -> int:
+    available = available_bytes(loaded.device, settings) - peak
     if available < bytes_each:
+        lacking = (bytes_each - available) / torch.cuda.get_device_properties(loaded.device).total_memory
         raise ConfigurationError(
             f"engine.memory_fraction={settings.memory_fraction} leaves no memory for a KV cache beside the model and "
-            f"steps of {settings.max_batch_tokens} tokens: raise it, or lower engine.max_batch_tokens"
+            f"steps of {settings.max_batch_tokens} tokens, which take {peak / 2**30:.2f} GiB: raise it by "
+            f"{lacking:.3f} or more, or lower engine.max_batch_tokens or engine.max_num_seqs"
         )
-    return available // bytes_each
-
-
-def _memory_budget(device: torch.device, settings: EngineSettings) -> float:
-    """Bytes this process may hold: the fraction of the whole, less what others hold already."""
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
-    return total * settings.memory_fraction - others
+    return available
 
 
 def _peak_bytes(loaded: LoadedModel, settings: EngineSettings, backend: AttentionBackend, max_num_seqs: int) -> int:
@@ -207,19 +258,33 @@ def _peak_bytes(loaded: LoadedModel, settings: EngineSettings, backend: Attentio
     The step is full, samples as many rows as may run, draws them all with top_p, whose sort takes most memory, and
     scores every token.
     """
-    num_each = max(1, min(settings.max_batch_tokens // max_num_seqs, loaded.max_model_len - 1))
-    num_blocks = max_num_seqs * -(-(num_each + 1) // backend.block_size)
+    num_blocks = max_num_seqs * -(-(_tokens_each(loaded, settings) + 1) // backend.block_size)
     scheduler = _scheduler(loaded, settings, num_blocks, backend.block_size)
-    for i in range(max_num_seqs):
+    runner = Runner(loaded, backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks)
+    peak = _measure(loaded, settings, scheduler, runner)
+    return peak - num_blocks * block_bytes(loaded.layers, backend.block_size, loaded.dtype)
+
+
+def _tokens_each(loaded: LoadedModel, settings: EngineSettings) -> int:
+    max_num_seqs = min(settings.max_num_seqs, settings.max_batch_tokens)
+    return max(1, min(settings.max_batch_tokens // max_num_seqs, loaded.max_model_len - 1))
+
+
+def _measure(
+    loaded: LoadedModel, settings: EngineSettings, scheduler: Scheduler | PaddedScheduler, runner: Runner
+) -> int:
+    """Bytes at the height of a full step."""
+    num_each = _tokens_each(loaded, settings)
+    for i in range(min(settings.max_num_seqs, settings.max_batch_tokens)):
         prompt = np.zeros(num_each, dtype=np.int32)
         scheduler.add(Sequence(i, prompt, max_tokens=1, temperature=1.0, top_p=0.5, score_from=1, num_top=1))
     plan = scheduler.schedule()
     assert plan is not None
     torch.cuda.reset_peak_memory_stats(loaded.device)
-    Runner(loaded, backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks).launch(plan).wait()
+    runner.launch(plan).wait()
     peak = torch.cuda.max_memory_allocated(loaded.device)
     torch.cuda.empty_cache()
-    return peak - num_blocks * block_bytes(loaded.layers, backend.block_size, loaded.dtype)
+    return peak
 
 
 def token_scores(plan: StepPlan, scores: Scores) -> list[TokenScores]:

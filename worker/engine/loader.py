@@ -1,32 +1,32 @@
 """Loading: a folder becomes a model, on its device and in its dtype, whose layers all run packed and paged."""
 
+import json
 import logging
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from protocol.errors import ConfigurationError
 from protocol.settings import EngineSettings
 from worker.engine import attention
 from worker.engine.attention import AttentionTerms
-from worker.engine.backends.sdpa import attend_causally
 from worker.engine.kv_cache import LayerShape
+from worker.engine.memory import check_memory
+from worker.engine.probe import probe_packed, probe_padded
 
 log = logging.getLogger("millrace.engine")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-#: Tokens per half of the probe's row.
-_PROBE_TOKENS = 8
-#: The halves must agree this well; a model that mixes them or ignores positions is off by the size of its logits.
-_PROBE_TOLERANCE = 0.05
+LAYOUTS = ("auto", "packed", "padded")
 
 _SUPPORTED = (
-    "decoder-only models whose attention goes through transformers' AttentionInterface, among them Llama, Mistral, "
-    "Qwen2, Qwen3, Gemma 3, Phi-3 and GPT-2"
+    "decoder-only models whose attention goes through transformers' AttentionInterface (among them Llama, Mistral, "
+    "Qwen2, Qwen3, Gemma 3, Phi-3 and GPT-2), and, padded, those that run with a mask and a DynamicCache (BLOOM)"
 )
 
 
@@ -38,6 +38,8 @@ class LoadedModel:
     max_model_len: int
     vocab_size: int
     layers: list[LayerShape]
+    layout: str = "packed"
+    attention: str = attention.NAME  # transformers' name of it
 
     @property
     def dtype_name(self) -> str:
@@ -80,42 +82,63 @@ def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
     attention.register()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ConfigurationError(
-                f"the model in {folder} is quantized, which the engine does not run yet: use its unquantized original"
-            )
-        model = AutoModelForCausalLM.from_pretrained(
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigurationError(_cannot_load(folder, error)) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigurationError(
+            f"the model in {folder} is quantized, which the engine does not run yet: use its unquantized original"
+        )
+    check_memory(folder, device, dtype, settings)
+
+    def load(implementation: str | None) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attention.NAME,
+            attn_implementation=implementation,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
         )
+
+    try:
+        try:
+            model = load(attention.NAME)
+        except (ValueError, KeyError) as error:
+            if attention.NAME not in str(error):
+                raise
+            # A class with attention functions of its own has none of our name; it may still run padded.
+            model = load(None)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if attention.NAME in str(error):  # a model class with attention functions of its own has none of our name
-            raise ConfigurationError(_unsupported(config, "they do not use the AttentionInterface")) from error
-        raise ConfigurationError(f"transformers cannot load the model in {folder}: {error}") from error
+        raise ConfigurationError(_cannot_load(folder, error)) from error
     return adopt(model.to(device), settings)
 
 
 def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
-    """Check a model that is on its device already and make it ready.
+    """Check a model that is on its device already, choose its layout and make it ready.
 
-    Raises ConfigurationError when it does not run packed and paged, or not at the length asked for.
+    Raises ConfigurationError when it runs in no layout, not in the one asked for, or not at the length asked for.
     """
+    if settings.layout not in LAYOUTS:
+        raise ConfigurationError(f"engine.layout={settings.layout!r} is unknown: it is one of {', '.join(LAYOUTS)}")
     attention.register()
     model.eval()
-    model.set_attn_implementation(attention.NAME)
     config = model.config.get_text_config()
-    # Packed rows hold no padding; with a pad token set, transformers looks for it and waits for the device to tell.
+    # Padding is told by the mask alone; with a pad token set, transformers looks for it and waits for the device.
     model.config.pad_token_id = config.pad_token_id = None
-    terms, layers = _probe(model, config)
     max_model_len = _max_model_len(config, settings)
-    _check_windows(config, terms, max_model_len)
+    layout, layers = _choose_layout(model, config, settings, max_model_len)
     weight = model.get_input_embeddings().weight
-    loaded = LoadedModel(model, weight.device, weight.dtype, max_model_len, config.vocab_size, layers)
+    loaded = LoadedModel(
+        model,
+        weight.device,
+        weight.dtype,
+        max_model_len,
+        config.vocab_size,
+        layers,
+        layout,
+        model.config._attn_implementation,
+    )
     log.info(
         "model type %s: %d layers, %d parameters, %s on %s, up to %d tokens a Sequence",
         config.model_type,
@@ -128,8 +151,49 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
     return loaded
 
 
+def _choose_layout(
+    model: Any, config: Any, settings: EngineSettings, max_model_len: int
+) -> tuple[str, list[LayerShape]]:
+    """Packed where the model allows it, since it wastes nothing; the log says which it is and why."""
+    reason = "engine.layout asks for it"
+    if settings.layout != "padded":
+        try:
+            layers = _try_packed(model, config, max_model_len)
+            log.info("layout packed: every layer attends within its own Sequence")
+            return "packed", layers
+        except ConfigurationError as error:
+            if settings.layout == "packed":
+                raise ConfigurationError(
+                    f"engine.layout='packed', but models of type {config.model_type!r} cannot run packed ({error}): "
+                    "use auto or padded"
+                ) from error
+            reason = str(error)
+    # torch's own kernels have no softcap, and transformers leaves it out there.
+    has_sdpa = getattr(model, "_supports_sdpa", False) and not getattr(config, "attn_logit_softcapping", None)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("sdpa" if has_sdpa else "eager")
+    else:
+        model.config._attn_implementation = "eager"  # what it computes anyway; its masks are made by this name
+    try:
+        layers = probe_padded(model, config)
+    except ConfigurationError as error:
+        raise ConfigurationError(_unsupported(config, f"not packed: {reason}; not padded: {error}")) from error
+    log.info("layout padded, with transformers' attention %r: %s", model.config._attn_implementation, reason)
+    return "padded", layers
+
+
+def _try_packed(model: Any, config: Any, max_model_len: int) -> list[LayerShape]:
+    if not model._can_set_attn_implementation():
+        raise ConfigurationError("it does not use the AttentionInterface")
+    model.set_attn_implementation(attention.NAME)
+    terms, layers = probe_packed(model, config)
+    _check_windows(config, terms, max_model_len)
+    return layers
+
+
 def _max_model_len(config: Any, settings: EngineSettings) -> int:
-    limit: int | None = getattr(config, "max_position_embeddings", None)
+    # BLOOM's positions have no end; its configs name the length of its training.
+    limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
     if limit is None and settings.max_model_len is None:
         raise ConfigurationError(
             "the model's config.json names no max_position_embeddings: set engine.max_model_len to its context length"
@@ -149,61 +213,33 @@ def _max_model_len(config: Any, settings: EngineSettings) -> int:
     return max_model_len
 
 
-class _ProbeStep:
-    """Attends within each half of the row, and notes what every layer asked for."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[int, LayerShape] = {}
-        self.terms: dict[int, AttentionTerms] = {}
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
-        if key.shape != value.shape or key.shape[-1] != query.shape[-1]:
-            raise ConfigurationError(
-                f"layer {layer} has keys of shape {tuple(key.shape[1:])}, values of {tuple(value.shape[1:])} and "
-                f"queries of {tuple(query.shape[1:])}: they must agree"
-            )
-        self.shapes[layer] = LayerShape(num_kv_heads=key.shape[1], head_dim=key.shape[2])
-        self.terms[layer] = terms
-        halves = zip(query.chunk(2), key.chunk(2), value.chunk(2), strict=True)
-        return torch.cat([attend_causally(q, k, v, terms) for q, k, v in halves])
-
-
-@torch.inference_mode()
-def _probe(model: Any, config: Any) -> tuple[dict[int, AttentionTerms], list[LayerShape]]:
-    """Run the same few tokens twice in one packed row; a model fit for packing gives the same logits twice."""
-    device = model.get_input_embeddings().weight.device
-    half = torch.arange(min(_PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or 1), device=device)
-    step = _ProbeStep()
-    try:
-        output = model(
-            input_ids=(half * 7 % config.vocab_size).repeat(2).unsqueeze(0),
-            position_ids=half.repeat(2).unsqueeze(0),
-            use_cache=False,
-            **{attention.STEP: step},
-        )
-    except (ConfigurationError, TypeError) as error:
-        raise ConfigurationError(_unsupported(config, str(error))) from error
-    num_layers = config.num_hidden_layers
-    if set(step.shapes) != set(range(num_layers)):
-        found = f"{len(step.shapes)} of {num_layers} layers use the AttentionInterface"
-        raise ConfigurationError(_unsupported(config, found))
-    first, second = output.logits[0].float().chunk(2)
-    if not (first - second).norm() <= _PROBE_TOLERANCE * first.norm():
-        found = "packed Sequences influence each other, or positions are ignored"
-        raise ConfigurationError(_unsupported(config, found))
-    return step.terms, [step.shapes[layer] for layer in range(num_layers)]
-
-
 def _check_windows(config: Any, terms: dict[int, AttentionTerms], max_model_len: int) -> None:
     """A layer that leaves its window to the mask, which is not built here, would attend to too much."""
     for layer, layer_type in enumerate(getattr(config, "layer_types", None) or []):
         window = getattr(config, "sliding_window", None)
         matters = window is None or window < max_model_len
         if layer_type == "sliding_attention" and terms[layer].window is None and matters:
-            raise ConfigurationError(_unsupported(config, f"layer {layer} does not name its sliding window"))
+            raise ConfigurationError(f"layer {layer} does not name its sliding window")
         if layer_type not in ("full_attention", "sliding_attention"):
-            raise ConfigurationError(_unsupported(config, f"layer {layer} is of type {layer_type!r}"))
+            raise ConfigurationError(f"layer {layer} is of type {layer_type!r}")
 
 
 def _unsupported(config: Any, reason: str) -> str:
     return f"models of type {config.model_type!r} are not supported ({reason}). Supported are {_SUPPORTED}"
+
+
+def _cannot_load(folder: Path, error: Exception) -> str:
+    """transformers' own words are long, and name ways out that are none here."""
+    model_type = _model_type(folder)
+    if model_type is not None and repr(model_type) in str(error).replace("`", "'"):
+        known = f"transformers {version('transformers')}"
+        return f"models of type {model_type!r} are unknown to {known}. Supported are {_SUPPORTED}"
+    return f"transformers cannot load the model in {folder}: {error}"
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return model_type if isinstance(model_type, str) else None

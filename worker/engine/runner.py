@@ -61,17 +61,20 @@ class StepHandle:
 
 class Runner:
     def __init__(self, loaded: LoadedModel, backend: AttentionBackend, *, max_num_seqs: int, num_blocks: int) -> None:
-        self.loaded = loaded
+        self._start(loaded, max_num_seqs)
         self.backend = backend
-        self.device = device = loaded.device
         self.max_blocks = -(-loaded.max_model_len // backend.block_size)
-        self._scorer = Scorer(loaded.model)
         self.resize_cache(num_blocks)
-
-        num_rows = max_num_seqs
-        self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)  # (R,)
+        num_rows, device = max_num_seqs, self.device
         self._length = torch.zeros(num_rows, dtype=torch.int64, device=device)  # (R,) tokens written
         self._block_table = torch.zeros(num_rows, self.max_blocks, dtype=torch.int32, device=device)  # (R, M)
+
+    def _start(self, loaded: LoadedModel, num_rows: int) -> None:
+        """What sampling and scoring need, whatever the layout."""
+        self.loaded = loaded
+        self.device = device = loaded.device
+        self._scorer = Scorer(loaded.model)
+        self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)  # (R,)
         # Sampling parameters (R,) each; position and last token complete what a draw depends on.
         self._temperature = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self._top_p = torch.ones(num_rows, dtype=torch.float32, device=device)
@@ -95,29 +98,37 @@ class Runner:
         draw_slots = np.flatnonzero(self._note_admitted(plan)[layout.sampled_rows])
         sent = send(self._arrays(plan, layout, draw_slots), self.device)
         self._update_rows(sent)
+        with self._scorer.watch(bool(plan.scored)):
+            logits, positions, places = self._forward(plan, layout, sent)
+        sampled_rows = sent["sampled_rows"]
+        tokens = sample(logits, self._gather_draws(sent, sampled_rows, positions) if len(draw_slots) else None)
+        self._last_token.index_copy_(0, sampled_rows, tokens)
+        scores = None
+        if plan.scored:
+            scored = sent["scored"] if places is None else places[sent["scored"]]
+            num_top = max(plan.sequences[segment].num_top for segment, _, _ in plan.scored)
+            scores = self._scorer.score(scored, sent["score_targets"], num_top)
+        return self._fetch(tokens, scores)
 
+    def _forward(
+        self, plan: StepPlan, layout: PackedLayout, sent: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits (K, V) of the sampled tokens, positions (T,) of all, and where they are in the model's input (T,):
+        None when they are in the same order."""
         rows, num_decode = sent["rows"], layout.num_decode
         decode_rows = rows[:num_decode]
         token_ids = torch.cat((self._last_token[decode_rows], sent["prefill_token_ids"]))  # (T,)
         positions = torch.cat((self._length[decode_rows], sent["prefill_positions"]))  # (T,)
         step = self._attention_step(layout, sent, positions)
         self._length.index_copy_(0, rows, sent["kv_lens"])
-        with self._scorer.watch(bool(plan.scored)):
-            logits = self.loaded.model(
-                input_ids=token_ids.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=sent["sampled"],
-                **{attention.STEP: step},
-            ).logits[0]  # (K, V)
-        sampled_rows = sent["sampled_rows"]
-        tokens = sample(logits, self._gather_draws(sent, sampled_rows, positions) if len(draw_slots) else None)
-        self._last_token.index_copy_(0, sampled_rows, tokens)
-        scores = None
-        if plan.scored:
-            num_top = max(plan.sequences[segment].num_top for segment, _, _ in plan.scored)
-            scores = self._scorer.score(sent["scored"], sent["score_targets"], num_top)
-        return self._fetch(tokens, scores)
+        logits = self.loaded.model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=sent["sampled"],
+            **{attention.STEP: step},
+        ).logits[0]
+        return logits, positions, None
 
     def _note_admitted(self, plan: StepPlan) -> npt.NDArray[np.bool_]:
         for seq in plan.admitted:

@@ -1,0 +1,178 @@
+"""PaddedScheduler: rectangles of Sequences of like length, for models that need a mask and a cache of their own.
+
+A rectangle's prompts end in the same column, so those shorter than the longest begin with padding; from there on every
+row gets a token a step. It runs until all its rows have ended, and the next one starts then. Rows that have ended are
+padding too; they are dropped when the steps to come save more than the copy of what stays costs.
+
+Letters: R rows, W columns of the prompts.
+"""
+
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from batching.scheduler import Outcome, StepPlan, apply_tokens, check_fits
+from batching.sequence import Sequence, SequenceState
+from protocol.errors import InvalidRequest
+
+#: Waiting Sequences from which a rectangle is chosen, as a multiple of its most rows: enough to find like lengths, and
+#: a bound on the cost of sorting them.
+_WINDOW_RECTANGLES = 8
+#: Reading a row once for a step costs about as much as half of copying it.
+_COPY_COST_STEPS = 2
+
+
+@dataclass(slots=True)
+class PaddedPlan(StepPlan):
+    """One step: some columns of the rectangle. Segments are its live rows with a token in them, `rows[i]` their row.
+
+    `num_decode` stays 0: all tokens come from the host, those of the last step too.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    rectangle: list[Sequence] = field(default_factory=list)  # all rows, ended ones too
+    is_new: bool = False
+    kept: list[int] | None = None  # rows of the last step's rectangle that are this one's; None: all of them
+    width: int = 0  # W
+    first_column: int = 0
+    num_columns: int = 0
+
+    @property
+    def num_padding_tokens(self) -> int:
+        return len(self.rectangle) * self.num_columns - self.num_scheduled_tokens
+
+
+@dataclass(slots=True)
+class CacheSpace:
+    """What the KV cache may hold, in tokens, and how much of it the rectangle has taken for all it may become."""
+
+    num_blocks: int
+    num_free: int
+    block_size: int = 1
+
+    @property
+    def capacity(self) -> int:
+        return self.num_blocks
+
+
+class PaddedScheduler:
+    num_preemptions = 0  # a rectangle has its room from the start
+
+    def __init__(self, num_tokens: int, *, max_num_seqs: int, max_batch_tokens: int, max_model_len: int) -> None:
+        self.blocks = CacheSpace(num_tokens, num_tokens)
+        self.max_batch_tokens = max_batch_tokens
+        self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
+        self.max_model_len = max_model_len
+        self._alive: dict[int, Sequence] = {}
+        self._waiting: dict[int, Sequence] = {}  # in the order of arrival
+        self._rectangle: list[Sequence] = []
+        self._width = 0
+        self._column = 0  # the next one
+
+    @property
+    def num_running(self) -> int:
+        return len(self._alive) - len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def get(self, seq_id: int) -> Sequence | None:
+        return self._alive.get(seq_id)
+
+    def add(self, seq: Sequence, *, sample_of: Sequence | None = None) -> None:
+        """Raises InvalidRequest when the Sequence could never finish. Every row computes its whole prompt."""
+        if seq.seq_id in self._alive:
+            raise InvalidRequest("duplicate_sequence", f"Sequence {seq.seq_id} is already here")
+        check_fits(seq, self.max_model_len, self.blocks.capacity)
+        self._alive[seq.seq_id] = self._waiting[seq.seq_id] = seq
+
+    def finish(self, seq_id: int, num_kept: int) -> None:
+        """End a Sequence from outside, keeping its first `num_kept` output tokens; an unknown one is ignored."""
+        seq = self._alive.get(seq_id)
+        if seq is not None:
+            del seq.output_ids[num_kept:]
+            self._finish(seq)
+
+    def schedule(self) -> PaddedPlan | None:
+        """The next step; None when there is nothing to do. The last step's tokens must have been processed."""
+        plan = PaddedPlan()
+        if self._rectangle:
+            self._drop_ended(plan)
+        elif self._waiting:
+            self._start(plan)
+        else:
+            return None
+        self._fill(plan)
+        return plan
+
+    def process(self, plan: StepPlan, tokens: npt.NDArray[np.int64]) -> Outcome:
+        """Apply a step's sampled tokens, one per entry of `plan.sampled`."""
+        return apply_tokens(plan, tokens, self._finish)
+
+    def _fill(self, plan: PaddedPlan) -> None:
+        plan.rectangle, plan.width, plan.first_column = self._rectangle, self._width, self._column
+        left = self._width - self._column
+        plan.num_columns = min(left, max(self.max_batch_tokens // len(self._rectangle), 1)) if left > 0 else 1
+        self._column += plan.num_columns
+        for row, seq in enumerate(self._rectangle):
+            end = self._column - (self._width - seq.num_prompt_tokens)
+            if seq.state is SequenceState.RUNNING and end > seq.num_computed:
+                plan.rows.append(row)
+                plan.append(seq, end - seq.num_computed, is_sampled=self._column >= self._width)
+
+    def _start(self, plan: PaddedPlan) -> None:
+        self._rectangle = chosen = self._choose()
+        self._width, self._column = max(seq.num_prompt_tokens for seq in chosen), 0
+        for row, seq in enumerate(chosen):
+            del self._waiting[seq.seq_id]
+            seq.state, seq.row, seq.num_prefill = SequenceState.RUNNING, row, seq.num_prompt_tokens
+        self.blocks.num_free -= _room(chosen)
+        plan.is_new = True
+        plan.admitted = list(chosen)
+
+    def _choose(self) -> list[Sequence]:
+        """The Sequence that has waited longest, and the nearest to it in length that fit beside it."""
+        window = list(islice(self._waiting.values(), _WINDOW_RECTANGLES * self.max_num_seqs))
+        oldest = window[0]
+        window.sort(key=lambda seq: (seq.num_prompt_tokens, seq.max_tokens))
+        low = window.index(oldest)
+        high = low + 1
+        while high - low < self.max_num_seqs:
+            shorter = window[low - 1] if low > 0 else None
+            longer = window[high] if high < len(window) else None
+            takes_shorter = shorter is not None and (
+                longer is None
+                or oldest.num_prompt_tokens - shorter.num_prompt_tokens
+                <= longer.num_prompt_tokens - oldest.num_prompt_tokens
+            )
+            grown = (low - 1, high) if takes_shorter else (low, high + 1)
+            if grown[1] > len(window) or _room(window[slice(*grown)]) > self.blocks.capacity:
+                break
+            low, high = grown
+        return window[low:high]
+
+    def _drop_ended(self, plan: PaddedPlan) -> None:
+        kept = [row for row, seq in enumerate(self._rectangle) if seq.state is SequenceState.RUNNING]
+        live = [self._rectangle[row] for row in kept]
+        num_ended = len(self._rectangle) - len(kept)
+        num_left = max(self._width - self._column, 0) + max(seq.max_tokens - len(seq.output_ids) for seq in live)
+        if num_ended and num_ended * num_left >= _COPY_COST_STEPS * len(kept):
+            plan.kept = kept
+            self._rectangle = live
+
+    def _finish(self, seq: Sequence) -> None:
+        seq.state = SequenceState.FINISHED
+        self._waiting.pop(seq.seq_id, None)
+        del self._alive[seq.seq_id]
+        if not self.num_running:
+            self._rectangle = []
+            self.blocks.num_free = self.blocks.num_blocks
+
+
+def _room(rows: list[Sequence]) -> int:
+    """Tokens of cache that a rectangle of these takes when the last of them ends."""
+    width = max(seq.num_prompt_tokens for seq in rows)
+    return len(rows) * (width + max(seq.max_tokens for seq in rows))

@@ -1,0 +1,51 @@
+"""PaddedRunner: steps of a rectangle, with a mask, through a model that keeps its cache and its attention to itself.
+
+The plan's tokens arrive as one flat row, as everywhere; here they are put into the rectangle's columns, and logits are
+taken out again where they are asked for. Tokens all come from the host, so a step starts when the last one's are known.
+
+Letters: R rows, C columns of the step, T tokens, K sampled tokens, V vocabulary.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from batching.layout import PackedLayout
+from batching.padded import PaddedPlan
+from batching.scheduler import StepPlan
+from worker.engine.loader import LoadedModel
+from worker.engine.padded_forward import PaddedForward
+from worker.engine.runner import Array, Runner
+
+
+class PaddedRunner(Runner):
+    def __init__(self, loaded: LoadedModel, *, max_num_seqs: int) -> None:
+        self._start(loaded, max_num_seqs)
+        self._padded = PaddedForward(loaded.model)
+
+    def _arrays(self, plan: StepPlan, layout: PackedLayout, draw_slots: npt.NDArray[np.int64]) -> dict[str, Array]:
+        assert isinstance(plan, PaddedPlan)
+        arrays = super()._arrays(plan, layout, draw_slots)
+        pads = np.array([plan.width - seq.num_prompt_tokens for seq in plan.rectangle], dtype=np.int64)
+        rows = np.repeat(np.array(plan.rows, dtype=np.int64), layout.query_lens)  # (T,) of the rectangle
+        arrays["pads"] = pads  # (R,)
+        arrays["places"] = rows * plan.num_columns + layout.positions + pads[rows] - plan.first_column  # (T,)
+        arrays["sampled_rectangle_rows"] = rows[layout.sampled]  # (K,)
+        if plan.kept is not None:
+            arrays["kept"] = np.array(plan.kept, dtype=np.int64)
+        return arrays
+
+    def _forward(
+        self, plan: StepPlan, layout: PackedLayout, sent: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert isinstance(plan, PaddedPlan)
+        if plan.is_new:
+            self._padded.start()
+        elif "kept" in sent:
+            self._padded.keep(sent["kept"])
+        shape = (len(plan.rectangle), plan.num_columns)
+        token_ids = torch.zeros(shape, dtype=torch.int64, device=self.device)  # (R, C)
+        token_ids.view(-1).index_copy_(0, sent["places"], sent["prefill_token_ids"])
+        logits = self._padded.run(token_ids, sent["pads"], plan.first_column)[:, -1]  # (R, V)
+        return logits.index_select(0, sent["sampled_rectangle_rows"]), sent["prefill_positions"], sent["places"]

@@ -1,0 +1,105 @@
+"""The probe: which layout a model can run in, found by running it, and what its layers keep per token."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protocol.errors import ConfigurationError
+from worker.engine import attention
+from worker.engine.attention import AttentionTerms
+from worker.engine.backends.sdpa import attend_causally
+from worker.engine.kv_cache import LayerShape
+from worker.engine.padded_forward import PaddedForward
+
+#: Tokens per half of the packed row, and of the longer row of the rectangle.
+_TOKENS = 8
+#: Tokens of the rectangle's shorter row.
+_FEWER_TOKENS = 5
+#: Two ways to the same logits must agree this well; a model that mixes texts, ignores positions or attends to padding
+#: is off by the size of its logits.
+_TOLERANCE = 0.05
+
+
+@dataclass
+class _ProbeStep:
+    """Attends within each half of the row, and notes what every layer asked for."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    terms: dict[int, AttentionTerms] = field(default_factory=dict)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
+        if key.shape != value.shape or key.shape[-1] != query.shape[-1]:
+            raise ConfigurationError(
+                f"layer {layer} has keys of shape {tuple(key.shape[1:])}, values of {tuple(value.shape[1:])} and "
+                f"queries of {tuple(query.shape[1:])}: they must agree"
+            )
+        self.shapes[layer] = LayerShape(num_kv_heads=key.shape[1], head_dim=key.shape[2])
+        self.terms[layer] = terms
+        halves = zip(query.chunk(2), key.chunk(2), value.chunk(2), strict=True)
+        return torch.cat([attend_causally(q, k, v, terms) for q, k, v in halves])
+
+
+@torch.inference_mode()
+def probe_packed(model: Any, config: Any) -> tuple[dict[int, AttentionTerms], list[LayerShape]]:
+    """Run the same few tokens twice in one packed row; a model fit for packing gives the same logits twice.
+
+    Raises ConfigurationError with what speaks against packing.
+    """
+    ids = _tokens(model, config)
+    step = _ProbeStep()
+    try:
+        output = model(
+            input_ids=ids.repeat(2).unsqueeze(0),
+            position_ids=torch.arange(len(ids), device=ids.device).repeat(2).unsqueeze(0),
+            use_cache=False,
+            **{attention.STEP: step},
+        )
+    except TypeError as error:
+        raise ConfigurationError(str(error)) from error
+    num_layers = config.num_hidden_layers
+    if set(step.shapes) != set(range(num_layers)):
+        raise ConfigurationError(f"{len(step.shapes)} of {num_layers} layers use the AttentionInterface")
+    first, second = output.logits[0].chunk(2)
+    if not _agree(first, second):
+        raise ConfigurationError("packed Sequences influence each other, or positions are ignored")
+    return step.terms, [step.shapes[layer] for layer in range(num_layers)]
+
+
+@torch.inference_mode()
+def probe_padded(model: Any, config: Any) -> list[LayerShape]:
+    """Run two texts alone, then as a rectangle whose last column comes through the cache.
+
+    Raises ConfigurationError with what speaks against padding.
+    """
+    ids = _tokens(model, config)
+    fewer = ids[-min(_FEWER_TOKENS, len(ids)) :]
+    num_pads = len(ids) - len(fewer)
+    rectangle = torch.stack((ids, torch.cat((ids.new_zeros(num_pads), fewer))))
+    pads = torch.tensor([0, num_pads], device=ids.device)
+    forward = PaddedForward(model)
+    try:
+        alone = [model(input_ids=text.unsqueeze(0), use_cache=False).logits[0, -1] for text in (ids, fewer)]
+        forward.run(rectangle[:, :-1], pads, 0)
+        together = forward.run(rectangle[:, -1:], pads, len(ids) - 1)[:, -1]
+        layers = [(layer.keys, layer.values) for layer in forward.cache.layers]
+    except (TypeError, ValueError, AttributeError, NotImplementedError, IndexError, RuntimeError) as error:
+        raise ConfigurationError(f"it does not run with a mask and a DynamicCache: {error}") from error
+    if not all(_agree(row, text) for row, text in zip(together, alone, strict=True)):
+        raise ConfigurationError("it does not keep to its mask, its positions or its cache")
+    if len(layers) != config.num_hidden_layers:
+        raise ConfigurationError(f"{len(layers)} of {config.num_hidden_layers} layers keep keys and values")
+    # K and V may differ in size; a shape stands for both together.
+    return [LayerShape(k.shape[1], -(-(k.shape[-1] + v.shape[-1]) // 2)) for k, v in layers]
+
+
+def _tokens(model: Any, config: Any) -> Tensor:
+    num = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.arange(num, device=device) * 7 % int(config.vocab_size)
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    one, other = one.float(), other.float()
+    return bool((one - other).norm() <= _TOLERANCE * one.norm())
