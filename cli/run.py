@@ -2,16 +2,15 @@
 
 import hashlib
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from cli.interrupts import Interrupts
 from cli.options import job_option, sampling_options
 from protocol.errors import ConfigurationError
 from protocol.sampling import SamplingParams
@@ -71,9 +70,9 @@ def command(
     if name is None:
         source.digest()
     private = _name_by_content(settings)
-    with _sigterm_as_interrupt(), StateFolder(Path(state)) as folder:
+    with Interrupts() as interrupts, StateFolder(Path(state)) as folder:
         private = _in_folder(private, folder)
-        run = _Run(private, folder, source, name, params, model_names)
+        run = _Run(private, folder, source, name, params, model_names, interrupts)
         started = time.monotonic()
         job, is_computed = run.ensure_results()
         prompts = _first_prompts(Path(input_path), model_names) if input_path != "-" else {}
@@ -89,6 +88,7 @@ class _Run:
         name: str | None,
         params: SamplingParams,
         model_names: tuple[str, ...],
+        interrupts: Interrupts,
     ) -> None:
         self._settings = settings
         self._folder = folder
@@ -96,6 +96,7 @@ class _Run:
         self._name = name
         self._params = params
         self._model_names = model_names
+        self._interrupts = interrupts
 
     def ensure_results(self) -> "tuple[Job, bool]":
         """Bring the Job to its end; False when it was there already, in which case nothing is started."""
@@ -153,6 +154,7 @@ class _Run:
             ):
 
                 def look(status: "JobStatus") -> None:
+                    self._interrupts.check()
                     system.supervise(status.num_ok + status.num_error)
                     progress.show(status)
 
@@ -261,17 +263,3 @@ def _first_prompts(path: Path, model_names: tuple[str, ...]) -> dict[int, str]:
         items = list(islice(LineReader(lines, model_names), 20))
     requests = [item for item in items if isinstance(item, Request)]
     return {r.line: r.messages[-1].content if r.messages else r.prompt or "" for r in requests}
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """An orderly end for SIGTERM as well as for Ctrl-C."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
