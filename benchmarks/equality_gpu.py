@@ -4,12 +4,14 @@
 
 Each family's random-weight model runs through the engine in 16 bits; then prompt and output are put through the same
 model in float32 (the reference) and, plainly, in 16 bits (which gives the logit error of that arithmetic). A token
-other than the reference's best must be within twice that error of it, else it is unexplained. Prints a table, then one
-JSON object as the last line; exit code 1 when a token is unexplained or nothing could be compared.
+other than the reference's best must be within twice that error of it, else it is unexplained; so must the scores of
+prompt tokens, which every second prompt asks for. Prints a table, then one JSON object as the last line; exit code 1
+when anything is unexplained, has failed, or nothing could be compared.
 """
 
 import argparse
 import copy
+import functools
 import json
 import platform
 import random
@@ -20,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -30,57 +33,72 @@ from worker.engine.loader import LoadedModel, adopt, load_model
 from worker.engine.sampler import Draws, exponential
 
 BUNDLED = Path(__file__).parents[1] / "models" / "millrace-tiny"
-FAMILIES = ("llama", "qwen3", "gpt2")
+#: A class of transformers each, and what it has beside the common shape.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 128}),
+    "mistral": ("MistralConfig", {"sliding_window": 64}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "sliding_window": 64,
+            "head_dim": 64,
+            "query_pre_attn_scalar": 64,
+            "sliding_window_pattern": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "phi3": ("Phi3Config", {}),
+    "gpt2": ("GPT2Config", {}),
+    "bloom": ("BloomConfig", {"tie_word_embeddings": False, "seq_length": 2048}),
+}
 #: Output tokens per prompt of the equality part.
 NUM_OUTPUT_TOKENS = 64
 
 
-def build(family: str, shape: dict[str, int], device: torch.device, dtype: torch.dtype) -> Any:
+def build(family: str, is_small: bool, device: torch.device, dtype: torch.dtype) -> Any:
     """A random-weight model with weights wide enough that its texts vary."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
-    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
+    name, fields = FAMILIES[family]
+    heads, hidden, layers, vocab_size = (2, 128, 2, 512) if is_small else (16, 1024, 8, 8192)
+    shape = {"num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": hidden}
+    if family not in ("gpt2", "bloom"):
+        shape |= {"intermediate_size": 3 * hidden, "num_key_value_heads": heads // 2}
+    if family != "bloom":
+        shape |= {"max_position_embeddings": 2048}
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "vocab_size": vocab_size}
+    return random_model(getattr(transformers, name)(**tokens, **shape, **fields), device, dtype)
+
+
+def random_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    import transformers
+
     torch.manual_seed(0)
     with torch.device(device):
-        if family == "gpt2":
-            layers, vocab = shape["num_hidden_layers"], shape["vocab_size"]
-            gpt2 = {"n_embd": hidden, "n_head": heads, "n_layer": layers, "n_positions": 2048, "vocab_size": vocab}
-            model = GPT2LMHeadModel(GPT2Config(**tokens, **gpt2))
-        elif family == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**tokens, **shape, max_position_embeddings=2048))
-        else:
-            model = Qwen3ForCausalLM(Qwen3Config(**tokens, **shape, max_position_embeddings=2048))
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=1.2 * hidden**-0.5)
-    return model.to(dtype).eval()
+                parameter.normal_(std=1.2 * config.hidden_size**-0.5)
+    return model.to(device, dtype).eval()
 
 
-def shape_of(family: str, is_small: bool) -> dict[str, int]:
-    head_dim = 128 if family == "qwen3" else 64
-    if is_small:
-        shape = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    else:
-        heads = 12 if family == "gpt2" else 16
-        hidden = heads * 64
-        shape = {"vocab_size": 8192, "hidden_size": hidden, "num_hidden_layers": 8, "num_attention_heads": heads}
-    if family == "gpt2":
-        return shape
-    kv_heads = shape["num_attention_heads"] // 2
-    shape |= {"intermediate_size": 3 * shape["hidden_size"], "num_key_value_heads": kv_heads}
-    return shape | ({"head_dim": head_dim} if family == "qwen3" else {})
+def generate(
+    engine: Engine, prompts: list[list[int]], num_tokens: int, wave: int, scores: list[list[float]] | None = None
+) -> list[list[int]]:
+    """Greedy outputs; `wave` prompts arrive every second step, so that every kind of step occurs.
 
-
-def generate(engine: Engine, prompts: list[list[int]], num_tokens: int, wave: int) -> list[list[int]]:
-    """Greedy outputs; `wave` prompts arrive every second step, so that every kind of step occurs."""
+    With `scores`, every second prompt's tokens are scored too.
+    """
     outputs: list[list[int]] = [[] for _ in prompts]
     pending = list(enumerate(prompts))
     while pending or engine.has_work:
         for i, prompt in pending[:wave]:
             ids = np.array(prompt, dtype="<i4").tobytes()
-            engine.add(NewSequence(i, ids, num_tokens, (), 0.0, 1.0, 0, 0, 0))
+            score_from = 1 if scores is not None and i % 2 else -1
+            engine.add(NewSequence(i, ids, num_tokens, (), 0.0, 1.0, 0, 0, 0, score_from=score_from))
         del pending[:wave]
         for _ in range(2):
             frame = engine.step()
@@ -89,21 +107,35 @@ def generate(engine: Engine, prompts: list[list[int]], num_tokens: int, wave: in
                 seq_ids, token_ids = np.frombuffer(frame.seq_ids, "<i8"), np.frombuffer(frame.token_ids, "<i4")
                 for seq_id, token_id in zip(seq_ids.tolist(), token_ids.tolist(), strict=True):
                     outputs[seq_id].append(token_id)
+                for part in frame.scores:
+                    assert scores is not None
+                    scores[part.seq_id].extend(np.frombuffer(part.logprobs, "<f4").tolist())
     assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
     return outputs
 
 
 @torch.inference_mode()
-def compare(model: Any, prompts: list[list[int]], outputs: list[list[int]]) -> dict[str, float]:
-    """The engine's tokens against a float32 forward of the whole text, one text at a time."""
+def compare(
+    model: Any, prompts: list[list[int]], outputs: list[list[int]], scores: list[list[float]]
+) -> dict[str, float]:
+    """The engine's tokens and scores against a float32 forward of the whole text, one text at a time."""
     device = model.get_input_embeddings().weight.device
-    model.set_attn_implementation("sdpa")
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("sdpa")
     exact = copy.deepcopy(model).float()
+    score_errors, plain_score_errors = [torch.zeros(1)], [torch.zeros(1)]
     deficits, plain_differing, worst, total_error, distinct = [], 0, 0.0, 0.0, set()
-    for prompt, output in zip(prompts, outputs, strict=True):
+    for prompt, output, scored in zip(prompts, outputs, scores, strict=True):
         text = torch.tensor([prompt + output], device=device)
-        expected = exact(text, use_cache=False).logits[0, len(prompt) - 1 : -1].float()  # (tokens, vocab)
-        plain = model(text, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        all_expected = exact(text, use_cache=False).logits[0].float()  # (tokens, vocab)
+        all_plain = model(text, use_cache=False).logits[0].float()
+        if scored:
+            theirs, plain = (
+                logprobs_of(x[: len(prompt) - 1], text[0, 1 : len(prompt)]) for x in (all_expected, all_plain)
+            )
+            score_errors.append((torch.tensor(scored) - theirs).abs())
+            plain_score_errors.append((plain - theirs).abs())
+        expected, plain = (x[len(prompt) - 1 : -1] for x in (all_expected, all_plain))
         best = expected.max(dim=-1)
         chosen = expected.gather(1, torch.tensor(output, device=device)[:, None]).squeeze(1)
         deficits.append((best.values - chosen).cpu())
@@ -112,7 +144,15 @@ def compare(model: Any, prompts: list[list[int]], outputs: list[list[int]]) -> d
         worst, total_error = max(worst, float(error.max())), total_error + float(error.mean(dim=-1).sum())
         distinct.update(output)
     deficit = torch.cat(deficits)
+    score_error, plain_score_error = torch.cat(score_errors), torch.cat(plain_score_errors)
     return {
+        "scored": len(score_error) - 1,
+        "score_error": float(score_error.max()),
+        "mean_score_error": float(score_error.mean()),
+        "plain_score_error": float(plain_score_error.max()),
+        "plain_mean_score_error": float(plain_score_error.mean()),
+        # A log-probability moves by at most twice what the logits do.
+        "unexplained_scores": int((score_error > 2 * worst).sum()),
         "tokens": len(deficit),
         "distinct": len(distinct),
         "differing": int((deficit > 0).sum()),
@@ -125,15 +165,22 @@ def compare(model: Any, prompts: list[list[int]], outputs: list[list[int]]) -> d
     }
 
 
+def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1).cpu()
+
+
 def check_family(loaded: LoadedModel, settings: EngineSettings, num_prompts: int, max_prompt: int) -> dict[str, Any]:
     rng = random.Random(0)
     vocab_size = loaded.vocab_size
     max_prompt = min(max_prompt, loaded.max_model_len - NUM_OUTPUT_TOKENS)
     prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(1, max_prompt))] for _ in range(num_prompts)]
     engine = Engine(loaded, settings)
-    outputs = generate(engine, prompts, NUM_OUTPUT_TOKENS, wave=4)
-    counts: dict[str, Any] = {"backend": engine.attention_name, "preemptions": engine.scheduler.num_preemptions}
-    return counts | compare(loaded.model, prompts, outputs)
+    scores: list[list[float]] = [[] for _ in prompts]
+    outputs = generate(engine, prompts, NUM_OUTPUT_TOKENS, wave=4, scores=scores)
+    assert [len(s) for s in scores] == [len(p) - 1 if i % 2 else 0 for i, p in enumerate(prompts)]
+    counts: dict[str, Any] = {"layout": loaded.layout, "backend": engine.attention_name}
+    counts["preemptions"] = engine.scheduler.num_preemptions
+    return counts | compare(loaded.model, prompts, outputs, scores)
 
 
 def check_sync(engine: Engine) -> None:
@@ -152,19 +199,22 @@ def check_sync(engine: Engine) -> None:
 
 def measure_speed(settings: EngineSettings, device: torch.device, dtype: torch.dtype, is_small: bool) -> dict[str, Any]:
     """Output tokens per second of a Qwen3-0.6B-shaped model, eager, everything arriving at once."""
-    shape = shape_of("qwen3", is_small=True)
-    if not is_small:
-        shape = {
-            "vocab_size": 151_936,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-        }
+    import transformers
+
+    shape = {
+        "vocab_size": 512 if is_small else 151_936,
+        "hidden_size": 128 if is_small else 1024,
+        "intermediate_size": 384 if is_small else 3072,
+        "num_hidden_layers": 2 if is_small else 28,
+        "num_attention_heads": 2 if is_small else 16,
+        "num_key_value_heads": 1 if is_small else 8,
+        "head_dim": 128,
+    }
+    config = transformers.Qwen3Config(
+        **shape, bos_token_id=None, eos_token_id=None, pad_token_id=None, max_position_embeddings=2048
+    )
     num, num_in, num_out = (8, 16, 16) if is_small else (64, 128, 128)
-    engine = Engine(adopt(build("qwen3", shape, device, dtype), settings), settings)
+    engine = Engine(adopt(random_model(config, device, dtype), settings), settings)
     rng = random.Random(1)
     prompts = [[rng.randrange(shape["vocab_size"]) for _ in range(num_in)] for _ in range(num)]
     generate(engine, prompts, 8, wave=num)
@@ -230,13 +280,15 @@ def main() -> int:
     failures: dict[str, str] = {}
     families: dict[str, dict[str, Any]] = {}
 
-    def random_family(family: str) -> dict[str, Any]:
-        model = build(family, shape_of(family, is_small), device, dtype)
-        return check_family(adopt(model, settings), settings, **size)
+    def random_family(family: str, layout: str) -> dict[str, Any]:
+        chosen = msgspec.structs.replace(settings, layout=layout)
+        return check_family(adopt(build(family, is_small, device, dtype), chosen), chosen, **size)
 
-    for family in FAMILIES:
-        if counts := attempt(family, failures, lambda family=family: random_family(family)):  # type: ignore[misc]
-            families[family] = counts
+    cases = [(family, "auto") for family in FAMILIES] + [(family, "padded") for family in ("llama", "gemma3")]
+    for family, layout in cases:
+        name = family if layout == "auto" else f"{family} {layout}"
+        if counts := attempt(name, failures, functools.partial(random_family, family, layout)):
+            families[name] = counts
     if (BUNDLED / "model.safetensors").is_file():
         bundled = attempt("bundled", failures, lambda: check_family(load_model(BUNDLED, settings), settings, **size))
         if bundled:
@@ -248,7 +300,7 @@ def main() -> int:
     for name, counts in families.items():
         print(f"\n{name}: " + ", ".join(f"{key} {_short(value)}" for key, value in counts.items()))
     print(f"\nspeed: {speed}\nnoise: {noise}\nfailures: {failures or 'none'}")
-    unexplained = sum(counts["unexplained"] for counts in families.values())
+    unexplained = sum(counts["unexplained"] + counts["unexplained_scores"] for counts in families.values())
     summary = {
         "families": families,
         "tokens": sum(counts["tokens"] for counts in families.values()),
@@ -261,7 +313,7 @@ def main() -> int:
         "torch": str(torch.__version__),
     }
     print(json.dumps(summary))
-    return 1 if unexplained or not families else 0
+    return 1 if unexplained or failures or not families else 0
 
 
 def _short(value: object) -> str:
