@@ -15,10 +15,25 @@ _LENGTH = struct.Struct("<I")
 _MAX_FRAME_BYTES = 1 << 28
 
 
+class LogitTerms(msgspec.Struct, frozen=True, array_like=True):
+    """What changes a Sequence's logits before its tokens are drawn; see protocol.sampling for the meanings."""
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     """One sample to generate. `token_ids` is little-endian int32; `seed` is set for every Sequence that draws.
 
     With max_tokens=0 nothing is generated: the prompt is put through the model for its scores.
+    `terms` is None for logits that stay as they are; `logprobs` is None when no log-probabilities are wanted.
     """
 
     seq_id: int
@@ -32,6 +47,9 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     sample: int
     score_from: int = -1  # log-probabilities of the prompt's tokens from here on are asked for; -1: of none
     num_top: int = 0  # with each of them those of so many best tokens
+    min_p: float = 0.0
+    terms: LogitTerms | None = None
+    logprobs: int | None = None
 
 
 class Intake(msgspec.Struct, frozen=True, array_like=True, tag="intake"):
@@ -57,6 +75,7 @@ class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     attention_backend: str
     versions: dict[str, str]
     layout: str = "packed"  # or padded
+    vocab_size: int = 0
 
 
 class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
@@ -91,6 +110,8 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     `seq_ids` (int64) and `token_ids` (int32) are parallel little-endian arrays, one new token each. `finished` holds
     (seq_id, finish reason, number of output tokens): a stop token counts as an output token, though it has no text.
     `refused` holds (seq_id, message) of Sequences that could never finish, which the Celery side should have seen.
+    `logprobs` holds (seq_id, piece) for the new tokens of Sequences that asked: the token's log-probability (float32),
+    then the ids of the most likely tokens (int32) and their log-probabilities (float32), best first.
     """
 
     seq_ids: bytes
@@ -103,6 +124,7 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     refused: list[tuple[int, str]] = []
     num_padding_tokens: int = 0  # beside the scheduled ones: computed for nobody
     scores: list[TokenScores] = []
+    logprobs: list[tuple[int, bytes]] = []
 
 
 Frame = Intake | EngineReady | EngineFailed | StepFrame

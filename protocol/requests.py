@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import zstandard
@@ -25,7 +25,10 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One prompt with its parameters. Exactly one of `prompt` and `messages` is set; `line` counts from 1."""
+    """One prompt with its parameters; `line` counts from 1.
+
+    Exactly one of `prompt`, `prompt_token_ids` and `messages` is set.
+    """
 
     line: int
     kind: Kind = "generate"
@@ -34,6 +37,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     messages: tuple[Message, ...] | None = None
     custom_id: str | None = None
     params: SamplingParams = SamplingParams()
+    prompt_token_ids: tuple[int, ...] | None = None
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -50,6 +54,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
+    logprobs: bytes | None = None  # protocol.logprobs.pack_logprobs; None when not asked for
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +93,8 @@ def answer_key(tenant: str, fingerprint: str, request: Request, params: Resolved
     """
     if not params.is_cacheable:
         raise ValueError("an unseeded draw has no answer key")
-    parameters: list[Any] = [params.max_tokens, params.temperature, params.top_p, params.top_k, params.seed]
-    parameters += [params.stop, params.ignore_eos, 0 if params.is_greedy else sample]
-    content = [1, tenant, fingerprint, request.kind, request.prompt, request.messages, parameters]
-    return hashlib.sha256(_encode(content)).digest()
+    values = [getattr(params, name) for name in params.__struct_fields__ if name != "n"]
+    parameters = [sorted(value.items()) if isinstance(value, dict) else value for value in values]
+    parameters.append(0 if params.is_greedy else sample)
+    content = [2, tenant, fingerprint, request.kind, request.prompt, request.prompt_token_ids, request.messages]
+    return hashlib.sha256(_encode([*content, parameters])).digest()

@@ -11,12 +11,24 @@ from protocol.errors import InvalidRequest
 MAX_SAMPLES = 128
 #: Stop strings per Request; OpenAI allows 4, vLLM any number. Each is searched in every new piece of text.
 MAX_STOP_STRINGS = 16
+#: Token ids per Request that end an answer; each is compared with every new token.
+MAX_STOP_TOKEN_IDS = 128
+#: Entries of a logit_bias: they travel to the device with every step of their Sequence.
+MAX_LOGIT_BIAS = 512
+#: Alternatives per token, OpenAI's limit for chat and vLLM's for everything.
+MAX_LOGPROBS = 20
 #: Token counts cross to the engine and the database as 32-bit integers.
 MAX_TOKEN_COUNT = 2**31 - 1
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Parameters as given; None means unset. Names and meanings are OpenAI's and vLLM's."""
+    """Parameters as given; None means unset. Names and meanings are OpenAI's and vLLM's.
+
+    What changes the logits is applied in vLLM's order: min_tokens and logit_bias, then the penalties (repetition over
+    prompt and output, frequency and presence over the output alone), temperature, min_p, top_k, top_p. Before
+    min_tokens output tokens no stop token is sampled and no stop string ends the answer. Log-probabilities are the
+    model's own, before any of this, as vLLM's are by default; `logprobs` is the number of alternatives per token.
+    """
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -26,6 +38,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     n: int | None = None
     stop: tuple[str, ...] | None = None
     ignore_eos: bool | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None  # by token id
+    min_tokens: int | None = None
+    stop_token_ids: tuple[int, ...] | None = None  # end an answer also with ignore_eos
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def validate(self) -> None:
         """Raises InvalidRequest (code `invalid_parameter`) naming the first parameter out of range."""
@@ -44,6 +65,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         yield "n", self.n, 1 <= (self.n or 0) <= MAX_SAMPLES, f"between 1 and {MAX_SAMPLES}"
         too_many = stop is not None and len(stop) > MAX_STOP_STRINGS
         yield "stop", stop, not too_many and all(stop or ()), f"at most {MAX_STOP_STRINGS} strings, none of them empty"
+        yield from self._more_checks()
+
+    def _more_checks(self) -> Iterator[tuple[str, object, bool, str]]:
+        p, repetition, least, most = self.min_p, self.repetition_penalty, self.min_tokens, self.max_tokens
+        yield "min_p", p, p is not None and 0 <= p <= 1, "between 0 and 1"
+        is_valid = repetition is not None and 0 < repetition <= 2
+        yield "repetition_penalty", repetition, is_valid, "above 0 and at most 2"
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            yield name, value, value is not None and -2 <= value <= 2, "between -2 and 2"
+        bias = self.logit_bias or {}
+        yield "logit_bias", self.logit_bias, len(bias) <= MAX_LOGIT_BIAS, f"at most {MAX_LOGIT_BIAS} entries"
+        for token, value in bias.items():
+            yield f"logit_bias[{token}]", value, 0 <= token <= MAX_TOKEN_COUNT, "for a token id, which is not negative"
+            yield f"logit_bias[{token}]", value, -100 <= value <= 100, "between -100 and 100"
+        yield "min_tokens", least, 0 <= (least or 0) <= MAX_TOKEN_COUNT, f"between 0 and {MAX_TOKEN_COUNT}"
+        if least is not None and most is not None:
+            yield "min_tokens", least, least <= most, f"at most max_tokens={most}"
+        ids = self.stop_token_ids or ()
+        is_valid = len(ids) <= MAX_STOP_TOKEN_IDS and all(0 <= i <= MAX_TOKEN_COUNT for i in ids)
+        yield "stop_token_ids", ids, is_valid, f"at most {MAX_STOP_TOKEN_IDS} token ids, none of them negative"
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            yield name, value, 0 <= (value or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"
 
     def over(self, lower: "SamplingParams") -> "SamplingParams":
         """These parameters, with what is unset taken from `lower`."""
@@ -62,6 +107,15 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     n: int
     stop: tuple[str, ...]
     ignore_eos: bool
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()  # as given: those of the model are no parameter
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -76,18 +130,35 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
 def resolve(params: SamplingParams, *, max_tokens: int) -> ResolvedParams:
     """Close what is still unset with OpenAI's defaults; `max_tokens` is the fallback for that one.
 
-    Greedy decoding makes top_p, top_k and seed meaningless, so they are set to their neutral values: Requests that
-    differ only there have the same answer.
+    Greedy decoding makes top_p, top_k, min_p and seed meaningless, so they are set to their neutral values: Requests
+    that differ only there have the same answer. Raises InvalidRequest when min_tokens is over that max_tokens.
     """
-    temperature = 1.0 if params.temperature is None else float(params.temperature)
+    temperature = _or(params.temperature, 1.0)
     is_greedy = temperature == 0
+    max_tokens = max_tokens if params.max_tokens is None else params.max_tokens
+    msgspec.structs.replace(params, max_tokens=max_tokens).validate()
+    bias = params.logit_bias or {}
     return ResolvedParams(
-        max_tokens=max_tokens if params.max_tokens is None else params.max_tokens,
+        max_tokens=max_tokens,
         temperature=temperature,
-        top_p=1.0 if params.top_p is None or is_greedy else float(params.top_p),
+        top_p=1.0 if is_greedy else _or(params.top_p, 1.0),
         top_k=0 if is_greedy else max(params.top_k or 0, 0),
         seed=None if is_greedy else params.seed,
         n=params.n or 1,
         stop=params.stop or (),
         ignore_eos=bool(params.ignore_eos),
+        min_p=0.0 if is_greedy else _or(params.min_p, 0.0),
+        repetition_penalty=_or(params.repetition_penalty, 1.0),
+        presence_penalty=_or(params.presence_penalty, 0.0),
+        frequency_penalty=_or(params.frequency_penalty, 0.0),
+        # In one order, and without what changes nothing: equal biases are equal answers.
+        logit_bias={token: float(bias[token]) for token in sorted(bias) if bias[token] != 0},
+        min_tokens=params.min_tokens or 0,
+        stop_token_ids=tuple(sorted(set(params.stop_token_ids or ()))),
+        logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
     )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else float(value)

@@ -96,6 +96,7 @@ def find_answers(ledger: Ledger, keys: Iterable[bytes]) -> dict[bytes, Answer]:
                     finish_reason=row.finish_reason,
                     prompt_tokens=row.prompt_tokens,
                     completion_tokens=row.completion_tokens,
+                    logprobs=row.logprobs,
                 )
         return found
 

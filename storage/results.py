@@ -18,7 +18,7 @@ from storage.tables import chunks, results
 
 COUNTERS = ("num_ok", "num_error", "num_cached", "prompt_tokens", "completion_tokens", "computed_tokens")
 
-_encode_params = lru_cache(maxsize=1024)(lambda params: msgspec.json.encode(params).decode())
+_encode_params = msgspec.json.Encoder().encode
 _decode_params = lru_cache(maxsize=1024)(msgspec.json.Decoder(ResolvedParams).decode)
 
 
@@ -85,9 +85,10 @@ def to_row(job_id: str, attempt: int, result: Result) -> dict[str, Any]:
         "finish_reason": answer and answer.finish_reason,
         "prompt_tokens": answer and answer.prompt_tokens,
         "completion_tokens": answer and answer.completion_tokens,
+        "logprobs": answer and answer.logprobs,
         "error_code": failure and failure.code,
         "error_message": failure and failure.message,
-        "params": result.params and _encode_params(result.params),
+        "params": result.params and _encode_params(result.params).decode(),
         "is_cached": result.is_cached,
         "seconds": result.seconds,
         "attempt": attempt,
@@ -102,6 +103,7 @@ def _from_row(row: Any) -> Result:
             finish_reason=row.finish_reason,
             prompt_tokens=row.prompt_tokens,
             completion_tokens=row.completion_tokens,
+            logprobs=row.logprobs,
         )
     else:
         failure = Failure(row.error_code, row.error_message)

@@ -5,6 +5,7 @@ from collections import Counter
 from functools import partial
 from itertools import chain
 
+import msgspec
 import pytest
 from sqlalchemy import select
 
@@ -41,16 +42,19 @@ def test_results_are_read_back_exactly_as_they_were_committed(ledger: Ledger) ->
     job = new_job(ledger)
     lease = new_lease(ledger, new_chunk(ledger, job))
     params = resolve(SamplingParams(temperature=0.7, top_p=0.9, top_k=5, seed=-1, stop=("a", "\n"), n=3), max_tokens=7)
+    params = msgspec.structs.replace(params, logit_bias={5: -1.5}, logprobs=2)
+    with_logprobs = msgspec.structs.replace(_ANSWER, logprobs=b"\x00packed\xff")
     written = [
         Result(line=1, sample=2, custom_id="id \x00 \ud800", endpoint="/v1/chat/completions", answer=_ANSWER),
         Result(line=2, answer=Answer(text="", finish_reason="length", prompt_tokens=1, completion_tokens=0)),
         Result(line=3, failure=Failure("too_long", "4097 tokens\x00 are more than 4096"), params=params, seconds=1.5),
-        Result(line=3, sample=1, answer=_ANSWER, is_cached=True, params=params),
+        Result(line=3, sample=1, answer=with_logprobs, is_cached=True, params=params),
     ]
 
-    assert commit(ledger, [ChunkCommit(lease, written, is_finished=False)]) == set()
+    assert commit(ledger, [ChunkCommit(lease, written, False, answers={b"k" * 32: with_logprobs})]) == set()
 
     assert read_results(ledger, job.id) == written
+    assert find_answers(ledger, [b"k" * 32]) == {b"k" * 32: with_logprobs}
 
 
 @pytest.mark.parametrize(
