@@ -12,7 +12,7 @@ import msgspec
 
 from protocol.errors import InvalidRequest
 from protocol.requests import Endpoint, Failure, Message, Request, Result
-from protocol.sampling import SamplingParams
+from protocol.sampling import MAX_LOGPROBS, MAX_TOKEN_COUNT, SamplingParams
 
 #: A longer line is refused without being read whole: it is a file without line breaks more often than a prompt.
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -33,26 +33,18 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "stream": (False,),
     "stream_options": (),
     "suffix": ("",),
     "tool_choice": ("none",),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -167,7 +159,7 @@ def _read_envelope(fields: dict[str, Any]) -> Endpoint:
 
 def _read_plain(fields: dict[str, Any], number: int, custom_id: str | None, model_names: Sequence[str]) -> Request:
     for name in fields:
-        if name not in _PLAIN_FIELDS and name not in _PARAMETERS:
+        if name not in _PLAIN_FIELDS and name not in _PARAMETERS and name != "top_logprobs":
             _refuse_field(name)
     _check_model(fields.get("model"), model_names)
     prompt, messages = fields.get("prompt"), fields.get("messages")
@@ -175,12 +167,14 @@ def _read_plain(fields: dict[str, Any], number: int, custom_id: str | None, mode
         raise InvalidRequest("missing_field", "a line needs prompt or messages")
     if prompt is not None and messages is not None:
         raise InvalidRequest("invalid_parameter", "prompt and messages exclude each other: give one of them")
+    text, token_ids = (None, None) if prompt is None else _prompt(prompt)
     return Request(
         line=number,
-        prompt=None if prompt is None else _prompt(prompt),
+        prompt=text,
+        prompt_token_ids=token_ids,
         messages=None if messages is None else _messages(messages),
         custom_id=custom_id,
-        params=_params(fields),
+        params=_params(_with_logprobs(fields, "plain")),
     )
 
 
@@ -198,18 +192,22 @@ def _read_body(
     content = body.get(content_field)
     if content is None:
         raise InvalidRequest("missing_field", f"the body of a line for {endpoint} needs {content_field}")
+    text, token_ids = _prompt(content) if content_field == "prompt" else (None, None)
     return Request(
         line=number,
         endpoint=endpoint,
-        prompt=_prompt(content) if content_field == "prompt" else None,
+        prompt=text,
+        prompt_token_ids=token_ids,
         messages=_messages(content) if content_field == "messages" else None,
         custom_id=custom_id,
-        params=_params(_with_max_tokens(body)),
+        params=_params(_with_logprobs(_with_max_tokens(body), endpoint)),
     )
 
 
 def _check_body_field(name: str, value: object, content_field: str) -> None:
-    if name in (content_field, "model", "max_completion_tokens") or name in _PARAMETERS or name in _IGNORED_FIELDS:
+    if name in (content_field, "model", "max_completion_tokens", "top_logprobs"):
+        return
+    if name in _PARAMETERS or name in _IGNORED_FIELDS:
         return
     if name in _UNSUPPORTED:
         if value is None or any(_is_same(value, neutral) for neutral in _UNSUPPORTED[name]):
@@ -241,12 +239,22 @@ def _check_model(asked: object, model_names: Sequence[str]) -> None:
     )
 
 
-def _prompt(prompt: object) -> str:
-    if isinstance(prompt, list):
-        raise InvalidRequest("invalid_type", "prompt must be one string: give each prompt of a list a line of its own")
-    if not isinstance(prompt, str):
-        raise InvalidRequest("invalid_type", f"prompt must be a string, not {_type_name(prompt)}")
-    return prompt
+def _prompt(prompt: object) -> tuple[str | None, tuple[int, ...] | None]:
+    """Text, or token ids."""
+    if isinstance(prompt, str):
+        return prompt, None
+    if not isinstance(prompt, list):
+        raise InvalidRequest("invalid_type", f"prompt must be a string or token ids, not {_type_name(prompt)}")
+    if prompt and isinstance(prompt[0], str | list):
+        raise InvalidRequest("invalid_type", "prompt must be one prompt: give each prompt of a list a line of its own")
+    for index, token in enumerate(prompt):
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise InvalidRequest("invalid_type", f"prompt[{index}] must be a token id, not {_type_name(token)}")
+        if not 0 <= token <= MAX_TOKEN_COUNT:
+            raise InvalidRequest("invalid_token", f"prompt[{index}]={token} is no token id")
+    if not prompt:
+        raise InvalidRequest("empty_prompt", "prompt has no token ids: it needs at least one")
+    return None, tuple(prompt)
 
 
 def _messages(messages: object) -> tuple[Message, ...]:
@@ -297,12 +305,40 @@ def _with_max_tokens(body: dict[str, Any]) -> dict[str, Any]:
     return {**body, "max_tokens": newer}
 
 
+def _with_logprobs(fields: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+    """The fields with both of OpenAI's forms as the number of alternatives: a number for completions, for chat a
+    boolean with the number in top_logprobs. Plain lines may use either."""
+    logprobs, num_top = fields.get("logprobs"), fields.get("top_logprobs")
+    if isinstance(logprobs, bool) or logprobs is None:
+        if logprobs and endpoint == "/v1/completions":
+            raise InvalidRequest("invalid_type", "logprobs must be a number here: how many alternatives per token")
+        if not logprobs and num_top not in (None, 0):
+            raise InvalidRequest("invalid_parameter", "top_logprobs needs logprobs: true beside it")
+        if logprobs and num_top is not None:
+            _check_top_logprobs(num_top)
+        return {**fields, "logprobs": (num_top or 0) if logprobs else None}
+    if endpoint == "/v1/chat/completions":
+        raise InvalidRequest("invalid_type", "logprobs must be a boolean here: the number goes into top_logprobs")
+    if num_top is not None:
+        raise InvalidRequest("invalid_parameter", "logprobs and top_logprobs both give a number: leave one out")
+    return fields
+
+
+def _check_top_logprobs(value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidRequest("invalid_type", f"top_logprobs must be a number, not {_type_name(value)}")
+    if not 0 <= value <= MAX_LOGPROBS:
+        raise InvalidRequest(
+            "invalid_parameter", f"top_logprobs={value} is out of range: it must be between 0 and {MAX_LOGPROBS}"
+        )
+
+
 def _params(fields: Mapping[str, Any]) -> SamplingParams:
     given = {name: fields[name] for name in _PARAMETERS if fields.get(name) is not None}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
     try:
-        params = msgspec.convert(given, SamplingParams)
+        params = msgspec.convert(given, SamplingParams, str_keys=True)  # logit_bias has token ids for keys
     except msgspec.ValidationError as error:
         raise InvalidRequest("invalid_type", f"a parameter has the wrong type: {error}") from error
     params.validate()

@@ -2,7 +2,8 @@
 
 Every object has the same keys: `line` and `sample` say which, `custom_id` is the caller's; `text`, `finish_reason` and
 `usage` are null in an error, `error` is null in an answer; `cached` says that nothing was computed for it; `params` are
-the resolved parameters, null when the line was refused before they were known.
+the resolved parameters, null when the line was refused before they were known. `logprobs` is there only where they were
+asked for, in OpenAI's shape.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import BinaryIO
 import msgspec
 
 from protocol.errors import ConfigurationError
+from protocol.logprobs import Logprobs, unpack_logprobs
 from protocol.requests import Failure, Result
 from protocol.sampling import ResolvedParams
 
@@ -39,6 +41,7 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True):
     cached: bool
     error: Failure | None
     params: ResolvedParams | None
+    logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 _encode = msgspec.json.Encoder().encode
@@ -57,6 +60,7 @@ def encode_result(result: Result) -> bytes:
         cached=result.is_cached,
         error=result.failure,
         params=result.params,
+        logprobs=msgspec.UNSET if answer is None or answer.logprobs is None else unpack_logprobs(answer.logprobs),
     )
     return _encode(line) + b"\n"
 

@@ -89,6 +89,72 @@ def test_completions_batch_line_is_read() -> None:
     ]
 
 
+def test_token_ids_are_read_as_a_prompt() -> None:
+    plain, completion = read(b'{"prompt": [5, 0, 5]}', batch_line("/v1/completions", prompt=[7]))
+
+    assert plain == Request(line=1, prompt_token_ids=(5, 0, 5))
+    assert isinstance(completion, Request)
+    assert (completion.prompt, completion.prompt_token_ids) == (None, (7,))
+
+
+def test_every_parameter_is_read_from_any_kind_of_line() -> None:
+    given: dict[str, Any] = {
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": -1,
+        "frequency_penalty": 0.5,
+        "logit_bias": {"17": -100, "0": 2.5},
+        "min_tokens": 3,
+        "stop_token_ids": [9, 8],
+        "prompt_logprobs": 1,
+    }
+    expected = SamplingParams(
+        min_p=0.1,
+        repetition_penalty=1.2,
+        presence_penalty=-1,
+        frequency_penalty=0.5,
+        logit_bias={17: -100, 0: 2.5},
+        min_tokens=3,
+        stop_token_ids=(9, 8),
+        prompt_logprobs=1,
+    )
+    items = read(
+        json.dumps({"prompt": "a", **given}).encode(),
+        batch_line("/v1/completions", prompt="a", **given),
+        batch_line(messages=[{"role": "user", "content": "a"}], **given),
+        encode_item({"prompt": "a", **given, "logit_bias": {17: -100, 0: 2.5}}),
+    )
+
+    assert [item.params for item in items if isinstance(item, Request)] == [expected] * 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "logprobs"),
+    [
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 4}, 4),
+        ({"logprobs": False}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+    ],
+)
+def test_chat_form_of_logprobs_is_read(fields: dict[str, Any], logprobs: int | None) -> None:
+    items = read(
+        batch_line(messages=[{"role": "user", "content": "a"}], **fields), encode_item({"prompt": "a", **fields})
+    )
+
+    assert [item.params for item in items if isinstance(item, Request)] == [SamplingParams(logprobs=logprobs)] * 2
+
+
+def test_each_endpoint_has_its_own_form_of_logprobs() -> None:
+    (completion,) = read(batch_line("/v1/completions", prompt="a", logprobs=5))
+    assert isinstance(completion, Request)
+    assert completion.params.logprobs == 5
+    assert refusal(batch_line("/v1/completions", prompt="a", logprobs=True))[0] == "invalid_type"
+    code, message = refusal(batch_line(messages=[{"role": "user", "content": "a"}], logprobs=5))
+    assert code == "invalid_type"
+    assert "top_logprobs" in message
+
+
 def test_text_parts_of_a_message_are_joined() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
 
@@ -118,10 +184,8 @@ def test_unsupported_parameters_that_ask_for_nothing_may_stay() -> None:
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
         ("stream", True),
-        ("logprobs", True),
-        ("logprobs", 0),
-        ("presence_penalty", 0.5),
-        ("logit_bias", {"1": 2}),
+        ("best_of", 3),
+        ("echo", True),
     ],
 )
 def test_unsupported_parameter_is_refused_by_name(name: str, value: object) -> None:
@@ -146,7 +210,7 @@ def test_unsupported_parameter_is_refused_by_name(name: str, value: object) -> N
         (b"[]", "invalid_type", "not a JSON object but a list"),
         (b"{}", "missing_field", "needs prompt or messages"),
         (b'{"prompt": "a", "messages": []}', "invalid_parameter", "exclude each other"),
-        (b'{"prompt": 5}', "invalid_type", "prompt must be a string, not a number"),
+        (b'{"prompt": 5}', "invalid_type", "prompt must be a string or token ids, not a number"),
         (b'{"prompt": ["a"]}', "invalid_type", "a line of its own"),
         (b'{"prompt": "a", "max_token": 5}', "unknown_field", "'max_token' is not a known field"),
         (b'{"prompt": "a", "stream": false}', "unsupported_parameter", "stream is not supported"),
@@ -158,6 +222,30 @@ def test_unsupported_parameter_is_refused_by_name(name: str, value: object) -> N
         (b'{"prompt": "a", "seed": 99999999999999999999}', "invalid_parameter", "a signed 64-bit integer"),
         (b'{"prompt": "a", "n": 1000}', "invalid_parameter", "between 1 and 128"),
         (b'{"prompt": "a", "stop": ["", "b"]}', "invalid_parameter", "none of them empty"),
+        (
+            b'{"prompt": "a", "min_p": 1.5}',
+            "invalid_parameter",
+            "min_p=1.5 is out of range: it must be between 0 and 1",
+        ),
+        (b'{"prompt": "a", "repetition_penalty": 0}', "invalid_parameter", "repetition_penalty=0.0 is out of range"),
+        (b'{"prompt": "a", "presence_penalty": 3}', "invalid_parameter", "presence_penalty=3.0 is out of range"),
+        (b'{"prompt": "a", "frequency_penalty": -3}', "invalid_parameter", "frequency_penalty=-3.0 is out of range"),
+        (b'{"prompt": "a", "logit_bias": {"5": 101}}', "invalid_parameter", "logit_bias[5]=101.0 is out of range"),
+        (b'{"prompt": "a", "logit_bias": {"-5": 1}}', "invalid_parameter", "logit_bias[-5]=1.0 is out of range"),
+        (b'{"prompt": "a", "logit_bias": {"x": 1}}', "invalid_type", "logit_bias"),
+        (b'{"prompt": "a", "min_tokens": 5, "max_tokens": 4}', "invalid_parameter", "at most max_tokens=4"),
+        (b'{"prompt": "a", "stop_token_ids": [-1]}', "invalid_parameter", "stop_token_ids=(-1,) is out of range"),
+        (b'{"prompt": "a", "logprobs": 21}', "invalid_parameter", "logprobs=21 is out of range"),
+        (b'{"prompt": "a", "prompt_logprobs": 21}', "invalid_parameter", "prompt_logprobs=21 is out of range"),
+        (b'{"prompt": "a", "top_logprobs": 3}', "invalid_parameter", "top_logprobs needs logprobs: true"),
+        (b'{"prompt": "a", "logprobs": true, "top_logprobs": 21}', "invalid_parameter", "top_logprobs=21"),
+        (b'{"prompt": "a", "logprobs": 2, "top_logprobs": 2}', "invalid_parameter", "leave one out"),
+        (b'{"prompt": []}', "empty_prompt", "prompt has no token ids"),
+        (b'{"prompt": [1, true]}', "invalid_type", "prompt[1] must be a token id, not a boolean"),
+        (b'{"prompt": [1, "a"]}', "invalid_type", "prompt[1] must be a token id, not a string"),
+        (b'{"prompt": [[1]]}', "invalid_type", "a line of its own"),
+        (b'{"prompt": [1, -2]}', "invalid_token", "prompt[1]=-2 is no token id"),
+        (b'{"prompt": [4294967296]}', "invalid_token", "prompt[0]=4294967296 is no token id"),
         (b'{"prompt": "a", "id": 1.5}', "invalid_type", "custom_id must be a string, not a number"),
         (b'{"prompt": "a", "id": "1", "custom_id": "1"}', "invalid_parameter", "the same thing"),
         (b'{"prompt": "a", "id": "' + b"x" * 513 + b'"}', "invalid_parameter", "it may have at most 512 characters"),

@@ -1,13 +1,17 @@
 import errno
 import json
+import math
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from producer.results_file import ResultsFile, encode_result
 from protocol.errors import ConfigurationError
+from protocol.logprobs import pack_logprobs, unpack_logprobs
 from protocol.requests import Answer, Failure, Result
 from protocol.sampling import SamplingParams, resolve
 
@@ -27,8 +31,44 @@ def test_answer_is_written_with_every_key_in_order() -> None:
         '{"line":3,"sample":1,"custom_id":"a","text":"Grüße\\n","finish_reason":"stop",'
         '"usage":{"prompt_tokens":4,"completion_tokens":2},"cached":true,"error":null,'
         '"params":{"max_tokens":16,"temperature":0.0,"top_p":1.0,"top_k":0,"seed":null,"n":1,"stop":[],'
-        '"ignore_eos":false}}\n'
+        '"ignore_eos":false,"min_p":0.0,"repetition_penalty":1.0,"presence_penalty":0.0,"frequency_penalty":0.0,'
+        '"logit_bias":{},"min_tokens":0,"stop_token_ids":[],"logprobs":null,"prompt_logprobs":null}}\n'
     )
+
+
+def test_log_probabilities_are_written_where_they_were_asked_for() -> None:
+    texts = {7: " né".encode(), 8: b"\xc3", 9: b"b"}
+    pieces = [
+        struct.pack("<f2i2f", -0.5, 7, 9, -0.5, -1.5),
+        struct.pack("<f2i2f", -2.0, 9, 7, -0.25, -math.inf),
+    ]
+    blob = pack_logprobs([7, 8], pieces, texts.__getitem__)
+    assert ANSWER.answer is not None
+    answer = msgspec.structs.replace(ANSWER.answer, logprobs=blob)
+
+    written = json.loads(encode_result(msgspec.structs.replace(ANSWER, answer=answer)))
+
+    first = {"token": " né", "logprob": -0.5, "bytes": [32, 110, 195, 169]}
+    assert written["logprobs"] == {
+        "content": [
+            {**first, "top_logprobs": [first, {"token": "b", "logprob": -1.5, "bytes": [98]}]},
+            {
+                "token": "\ufffd",
+                "logprob": -2.0,
+                "bytes": [195],
+                "top_logprobs": [{"token": "b", "logprob": -0.25, "bytes": [98]}, {**first, "logprob": -9999.0}],
+            },
+        ]
+    }
+
+
+def test_no_alternatives_are_an_empty_list() -> None:
+    blob = pack_logprobs([7], [struct.pack("<f", -0.5)], lambda _: b"x")
+
+    assert msgspec.to_builtins(unpack_logprobs(blob)) == {
+        "content": [{"token": "x", "logprob": -0.5, "bytes": [120], "top_logprobs": []}]
+    }
+    assert unpack_logprobs(pack_logprobs([], [], lambda _: b"x")).content == []
 
 
 def test_failure_has_the_same_keys() -> None:
