@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from protocol.frames import LogitTerms
+
 
 class SequenceState(enum.Enum):
     WAITING = "waiting"
@@ -19,7 +21,9 @@ class SequenceState(enum.Enum):
 class Sequence:
     __slots__ = (
         "block_table",
+        "logprobs",
         "max_tokens",
+        "min_p",
         "num_computed",
         "num_in_flight",
         "num_prefill",
@@ -35,6 +39,7 @@ class Sequence:
         "state",
         "stop_token_ids",
         "temperature",
+        "terms",
         "top_k",
         "top_p",
     )
@@ -53,6 +58,9 @@ class Sequence:
         sample: int = 0,
         score_from: int | None = None,
         num_top: int = 0,
+        min_p: float = 0.0,
+        terms: LogitTerms | None = None,
+        logprobs: int | None = None,
     ) -> None:
         self.seq_id = seq_id
         self.prompt_ids = prompt_ids
@@ -65,6 +73,9 @@ class Sequence:
         self.sample = sample
         self.score_from = score_from  # first prompt token whose log-probability is asked for
         self.num_top = num_top
+        self.min_p = min_p
+        self.terms = terms
+        self.logprobs = logprobs
 
         self.state = SequenceState.WAITING
         self.output_ids: list[int] = []

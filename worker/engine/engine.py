@@ -3,6 +3,7 @@
 import logging
 import platform
 from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from batching.padded import PaddedScheduler
 from batching.scheduler import Outcome, Scheduler, StepPlan
 from batching.sequence import Sequence
 from protocol.errors import ConfigurationError, InvalidRequest
-from protocol.frames import EngineReady, NewSequence, StepFrame, TokenScores
+from protocol.frames import EngineReady, LogitTerms, NewSequence, StepFrame, TokenScores
 from protocol.settings import EngineSettings
 from worker.engine.attention import AttentionBackend, choose_backend
 from worker.engine.kv_cache import block_bytes
@@ -100,6 +101,7 @@ class Engine:
                 "transformers": transformers.__version__,
             },
             layout=self.loaded.layout,
+            vocab_size=self.loaded.vocab_size,
         )
 
     def add(self, new: NewSequence) -> None:
@@ -116,6 +118,9 @@ class Engine:
             sample=new.sample,
             score_from=None if new.score_from < 0 else new.score_from,
             num_top=new.num_top,
+            min_p=new.min_p,
+            terms=new.terms,
+            logprobs=new.logprobs,
         )
         try:
             self._check_vocabulary(sequence)
@@ -142,11 +147,17 @@ class Engine:
             self._waste.count(plan.num_scheduled_tokens, plan.num_padding_tokens)
             if not self.has_work:
                 self._waste.report()
-            return self._frame(outcome, plan, refused, scores)
-        return self._frame(Outcome(), StepPlan(), refused, []) if refused else None
+            logprobs = [] if handle.logprobs is None else sampled_pieces(plan, handle.logprobs)
+            return self._frame(outcome, plan, refused, scores, logprobs)
+        return self._frame(Outcome(), StepPlan(), refused, [], []) if refused else None
 
     def _frame(
-        self, outcome: Outcome, plan: StepPlan, refused: list[tuple[int, str]], scores: list[TokenScores]
+        self,
+        outcome: Outcome,
+        plan: StepPlan,
+        refused: list[tuple[int, str]],
+        scores: list[TokenScores],
+        logprobs: list[tuple[int, bytes]],
     ) -> StepFrame:
         return StepFrame(
             seq_ids=np.array(outcome.seq_ids, dtype="<i8").tobytes(),
@@ -159,6 +170,7 @@ class Engine:
             refused=refused,
             num_padding_tokens=plan.num_padding_tokens,
             scores=scores,
+            logprobs=logprobs,
         )
 
     def _check_vocabulary(self, sequence: Sequence) -> None:
@@ -167,6 +179,11 @@ class Engine:
         if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
             raise InvalidRequest(
                 "invalid_token", f"the prompt has a token id outside the model's vocabulary of {vocab_size}"
+            )
+        bias = sequence.terms.logit_bias if sequence.terms is not None else {}
+        if bias and not 0 <= min(bias) <= max(bias) < vocab_size:
+            raise InvalidRequest(
+                "invalid_token", f"logit_bias has a token id outside the model's vocabulary of {vocab_size}"
             )
 
 
@@ -255,8 +272,8 @@ def _left_beside(peak: int, bytes_each: int, loaded: LoadedModel, settings: Engi
 def _peak_bytes(loaded: LoadedModel, settings: EngineSettings, backend: AttentionBackend, max_num_seqs: int) -> int:
     """What weights and the largest step take without the KV cache, measured by running one.
 
-    The step is full, samples as many rows as may run, draws them all with top_p, whose sort takes most memory, and
-    scores every token.
+    The step is full, samples as many rows as may run, draws them all with top_p, whose sort takes most memory, has
+    penalties and log-probabilities for all of them, and scores every token.
     """
     num_blocks = max_num_seqs * -(-(_tokens_each(loaded, settings) + 1) // backend.block_size)
     scheduler = _scheduler(loaded, settings, num_blocks, backend.block_size)
@@ -277,7 +294,16 @@ def _measure(
     num_each = _tokens_each(loaded, settings)
     for i in range(min(settings.max_num_seqs, settings.max_batch_tokens)):
         prompt = np.zeros(num_each, dtype=np.int32)
-        scheduler.add(Sequence(i, prompt, max_tokens=1, temperature=1.0, top_p=0.5, score_from=1, num_top=1))
+        terms = LogitTerms(repetition_penalty=1.5)
+        wishes: dict[str, Any] = {
+            "temperature": 1.0,
+            "top_p": 0.5,
+            "terms": terms,
+            "logprobs": 1,
+            "score_from": 1,
+            "num_top": 1,
+        }
+        scheduler.add(Sequence(i, prompt, max_tokens=1, **wishes))
     plan = scheduler.schedule()
     assert plan is not None
     torch.cuda.reset_peak_memory_stats(loaded.device)
@@ -285,6 +311,21 @@ def _measure(
     peak = torch.cuda.max_memory_allocated(loaded.device)
     torch.cuda.empty_cache()
     return peak
+
+
+def sampled_pieces(plan: StepPlan, scores: Scores) -> list[tuple[int, bytes]]:
+    """A step's log-probabilities of sampled tokens, as in StepFrame."""
+    logprobs, top_ids, top = (x.numpy() for x in (scores.logprobs, scores.top_ids, scores.top_logprobs))
+    asked = [seq for seq in map(plan.sequences.__getitem__, plan.sampled) if seq.logprobs is not None]
+    return [
+        (
+            seq.seq_id,
+            logprobs[i].astype("<f4").tobytes()
+            + top_ids[i, : seq.logprobs].astype("<i4").tobytes()
+            + top[i, : seq.logprobs].astype("<f4").tobytes(),
+        )
+        for i, seq in enumerate(asked)
+    ]
 
 
 def token_scores(plan: StepPlan, scores: Scores) -> list[TokenScores]:

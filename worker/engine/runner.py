@@ -17,11 +17,12 @@ from torch import Tensor
 from batching.layout import PackedLayout, pack
 from batching.scheduler import StepPlan
 from worker.engine import attention
+from worker.engine.adjustments import Adjustments
 from worker.engine.attention import AttentionBackend, AttentionStep
 from worker.engine.kv_cache import KVCache
 from worker.engine.loader import LoadedModel
 from worker.engine.sampler import Draws, sample
-from worker.engine.scorer import Scorer, Scores
+from worker.engine.scorer import Scorer, Scores, score_rows
 
 Array = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 
@@ -50,7 +51,8 @@ class StepHandle:
 
     tokens: Tensor  # (K,) int64, pinned when `done` is there
     done: torch.cuda.Event | None
-    scores: Scores | None = None  # to be read after `wait`
+    scores: Scores | None = None  # to be read after `wait`, as the next
+    logprobs: Scores | None = None  # of the sampled tokens whose Sequences asked, in their order
 
     def wait(self) -> npt.NDArray[np.int64]:
         if self.done is not None:
@@ -81,9 +83,13 @@ class Runner:
         self._top_k = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._seed = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._sample = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._min_p = torch.zeros(num_rows, dtype=torch.float32, device=device)
         # The host's own copy of what decides which sampling code runs.
         self._draws = np.zeros(num_rows, dtype=bool)
         self._is_limited = np.zeros(num_rows, dtype=bool)
+        self._has_min_p = np.zeros(num_rows, dtype=bool)
+        self._num_logprobs = np.full(num_rows, -1, dtype=np.int64)  # -1: not asked for
+        self._adjustments = Adjustments(num_rows, loaded.vocab_size, device)
 
     def resize_cache(self, num_blocks: int) -> None:
         """A fresh KV cache; what the old one held is gone."""
@@ -96,19 +102,28 @@ class Runner:
         """Start a step. On CUDA nothing in here waits for the device."""
         layout = pack(plan)
         draw_slots = np.flatnonzero(self._note_admitted(plan)[layout.sampled_rows])
-        sent = send(self._arrays(plan, layout, draw_slots), self.device)
+        logprob_slots = np.flatnonzero(self._num_logprobs[layout.sampled_rows] >= 0)
+        arrays = self._arrays(plan, layout, draw_slots) | self._adjustments.arrays(plan, layout.sampled_rows)
+        sent = send(arrays | {"logprob_slots": logprob_slots} if len(logprob_slots) else arrays, self.device)
         self._update_rows(sent)
         with self._scorer.watch(bool(plan.scored)):
             logits, positions, places = self._forward(plan, layout, sent)
+        # A copy, since adjusting may happen in place.
+        raw = logits.index_select(0, sent["logprob_slots"]) if len(logprob_slots) else None  # (A, V)
         sampled_rows = sent["sampled_rows"]
+        logits = self._adjustments.apply(logits, sent)
         tokens = sample(logits, self._gather_draws(sent, sampled_rows, positions) if len(draw_slots) else None)
+        self._adjustments.count(tokens, sent)
         self._last_token.index_copy_(0, sampled_rows, tokens)
-        scores = None
+        scores = logprobs = None
         if plan.scored:
             scored = sent["scored"] if places is None else places[sent["scored"]]
             num_top = max(plan.sequences[segment].num_top for segment, _, _ in plan.scored)
             scores = self._scorer.score(scored, sent["score_targets"], num_top)
-        return self._fetch(tokens, scores)
+        if raw is not None:
+            num_top = int(self._num_logprobs[layout.sampled_rows].max())
+            logprobs = score_rows(raw, tokens[sent["logprob_slots"]], num_top)
+        return self._fetch(tokens, scores, logprobs)
 
     def _forward(
         self, plan: StepPlan, layout: PackedLayout, sent: dict[str, Tensor]
@@ -134,6 +149,8 @@ class Runner:
         for seq in plan.admitted:
             self._draws[seq.row] = seq.temperature > 0
             self._is_limited[seq.row] = seq.temperature > 0 and (seq.top_k > 0 or seq.top_p < 1)
+            self._has_min_p[seq.row] = seq.temperature > 0 and seq.min_p > 0
+            self._num_logprobs[seq.row] = -1 if seq.logprobs is None else seq.logprobs
         return self._draws
 
     def _arrays(self, plan: StepPlan, layout: PackedLayout, draw_slots: npt.NDArray[np.int64]) -> dict[str, Array]:
@@ -161,11 +178,14 @@ class Runner:
             arrays["temperature"] = np.array([seq.temperature for seq in admitted], dtype=np.float32)
             arrays["top_p"] = np.array([seq.top_p for seq in admitted], dtype=np.float32)
             arrays["top_k"] = np.array([seq.top_k for seq in admitted], dtype=np.int64)
+            arrays["min_p"] = np.array([seq.min_p for seq in admitted], dtype=np.float32)
             arrays["seed"] = np.array([_as_int64(seq.seed) for seq in admitted], dtype=np.int64)
             arrays["sample"] = np.array([seq.sample for seq in admitted], dtype=np.int64)
         if len(draw_slots):
             arrays["draw_slots"] = draw_slots
             arrays["limited"] = np.flatnonzero(self._is_limited[layout.sampled_rows[draw_slots]])
+            if self._has_min_p[layout.sampled_rows[draw_slots]].any():
+                arrays["min_p_rows"] = layout.sampled_rows[draw_slots]
         return arrays
 
     def _update_rows(self, sent: dict[str, Tensor]) -> None:
@@ -176,6 +196,7 @@ class Runner:
             self._temperature.index_copy_(0, rows, sent["temperature"])
             self._top_p.index_copy_(0, rows, sent["top_p"])
             self._top_k.index_copy_(0, rows, sent["top_k"])
+            self._min_p.index_copy_(0, rows, sent["min_p"])
             self._seed.index_copy_(0, rows, sent["seed"])
             self._sample.index_copy_(0, rows, sent["sample"])
 
@@ -214,15 +235,17 @@ class Runner:
             seed=self._seed[rows],
             sample=self._sample[rows],
             position=positions[sent["sampled"][slots]] + 1,
+            min_p=self._min_p[sent["min_p_rows"]] if "min_p_rows" in sent else None,
         )
 
-    def _fetch(self, tokens: Tensor, scores: Scores | None) -> StepHandle:
+    def _fetch(self, tokens: Tensor, scores: Scores | None, logprobs: Scores | None) -> StepHandle:
         if self.device.type != "cuda":
-            return StepHandle(tokens, None, scores)
+            return StepHandle(tokens, None, scores, logprobs)
         host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
         host.copy_(tokens, non_blocking=True)
         scores = None if scores is None else scores.to_host()
-        return StepHandle(host, torch.cuda.current_stream(self.device).record_event(), scores)
+        logprobs = None if logprobs is None else logprobs.to_host()
+        return StepHandle(host, torch.cuda.current_stream(self.device).record_event(), scores, logprobs)
 
 
 def _as_int64(seed: int) -> int:

@@ -29,6 +29,7 @@ class Draws:
     seed: Tensor  # (D,) int64
     sample: Tensor  # (D,) int64
     position: Tensor  # (D,) int64, of the token being drawn
+    min_p: Tensor | None = None  # (D,) float32; None when there is none
 
 
 def sample(logits: Tensor, draws: Draws | None) -> Tensor:
@@ -40,6 +41,9 @@ def sample(logits: Tensor, draws: Draws | None) -> Tensor:
     # Shifted so that the best is 0: dividing by a tiny temperature then gives -inf, never NaN.
     scores -= scores.amax(dim=-1, keepdim=True)
     scores /= draws.temperature.clamp(min=MIN_TEMPERATURE)[:, None]
+    if draws.min_p is not None:
+        # The best has score 0, so a probability of min_p times the best's is a score of log(min_p).
+        scores.masked_fill_(scores < draws.min_p.log()[:, None], -torch.inf)
     if draws.limited is not None:
         top_k, top_p = (x.index_select(0, draws.limited) for x in (draws.top_k, draws.top_p))
         scores.index_copy_(0, draws.limited, limit(scores.index_select(0, draws.limited), top_k, top_p))

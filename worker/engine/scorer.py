@@ -57,8 +57,7 @@ class Scorer:
         output, self._output = self._output, None
         hidden = output[0].flatten(0, 1)  # (tokens, E)
         vocab_size = self._model.get_output_embeddings().weight.shape[0]
-        limit = PIECE_BYTES if hidden.is_cuda else CPU_PIECE_BYTES
-        size = max(limit // (4 * vocab_size), 1)
+        size = _piece_size(hidden.device, vocab_size)
         parts = [
             _score(self._logits(output, hidden.index_select(0, place)), target, num_top)
             for place, target in zip(torch.split(places, size), torch.split(targets, size), strict=True)
@@ -78,6 +77,20 @@ class Scorer:
         finally:
             del self._backbone.forward  # the class's own is found again
         return logits[0]
+
+
+def score_rows(logits: Tensor, targets: Tensor, num_top: int) -> Scores:
+    """logits (C, V), targets (C,) int64; in pieces of the same size, so that little more is held than the logits."""
+    size = _piece_size(logits.device, logits.shape[-1])
+    pairs = zip(torch.split(logits, size), torch.split(targets, size), strict=True)
+    parts = [_score(part, target, num_top) for part, target in pairs]
+    return Scores(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def _piece_size(device: torch.device, vocab_size: int) -> int:
+    """In rows."""
+    limit = PIECE_BYTES if device.type == "cuda" else CPU_PIECE_BYTES
+    return max(limit // (4 * vocab_size), 1)
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:
