@@ -103,6 +103,7 @@ class ChunkService:
             defaults=defaults,
             fingerprint=self.engine.fingerprint,
             context_tokens=min(self.engine.max_model_len, self.engine.kv_tokens),
+            vocab_size=self.engine.vocab_size,
             generations=self._generations,
             committer=self._committer,
         )

@@ -6,12 +6,23 @@ from typing import Any
 
 import msgspec
 
-from protocol.errors import ConfigurationError
+from protocol.errors import ConfigurationError, InvalidRequest
 from protocol.requests import Request
 from protocol.sampling import ResolvedParams, SamplingParams, resolve
 
 #: OpenAI's default for /v1/completions, and vLLM's for a bare prompt; a chat answer may fill the context instead.
 _COMPLETION_MAX_TOKENS = 16
+
+
+#: Our names of the defaults a model may state, and what generation_config.json calls them.
+_STATED = {
+    "max_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+}
 
 
 class ModelDefaults(msgspec.Struct, frozen=True):
@@ -23,7 +34,6 @@ class ModelDefaults(msgspec.Struct, frozen=True):
     def resolve(self, request: Request, job_params: SamplingParams, context_tokens: int) -> ResolvedParams:
         """Raises InvalidRequest when a parameter is out of range. `context_tokens` bounds an open-ended chat answer."""
         params = request.params.over(job_params).over(self.params)
-        params.validate()
         return resolve(params, max_tokens=context_tokens if request.messages is not None else _COMPLETION_MAX_TOKENS)
 
 
@@ -37,12 +47,14 @@ def read_model_defaults(folder: Path, eos_token_id: int | None) -> ModelDefaults
             values = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         except msgspec.DecodeError as error:
             raise ConfigurationError(f"{path} is not a JSON object: {error}") from error
-    params = SamplingParams(
-        max_tokens=values.get("max_new_tokens"),
-        temperature=0.0 if values.get("do_sample") is False else values.get("temperature"),
-        top_p=values.get("top_p"),
-        top_k=values.get("top_k"),
-    )
+    stated = {name: values[given] for name, given in _STATED.items() if values.get(given) is not None}
+    if values.get("do_sample") is False:
+        stated["temperature"] = 0.0
+    try:
+        params = msgspec.convert(stated, SamplingParams)
+        params.validate()
+    except (msgspec.ValidationError, InvalidRequest) as error:
+        raise ConfigurationError(f"{path} has a default that cannot be used: {error}") from error
     return ModelDefaults(params, _stop_token_ids(folder, values, eos_token_id))
 
 

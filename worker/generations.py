@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from protocol.frames import Intake, NewSequence, StepFrame
+from protocol.frames import Intake, LogitTerms, NewSequence, StepFrame
+from protocol.logprobs import pack_logprobs
 from protocol.requests import Answer, Failure, Request
 from protocol.sampling import ResolvedParams
 from worker.text import StopWatch, Tokenizer
@@ -27,6 +28,9 @@ logger = logging.getLogger("millrace.worker")
 #: Engine deaths a generation may be part of. The engine falls with everything that runs in it, so one death says
 #: little; three with the same generation aboard make it a suspect that must not take the others down for ever.
 _MAX_DEATHS = 3
+
+
+_NO_TERMS = LogitTerms()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class Generation:
     key: bytes | None
     waiters: list[Piece]  # all with this key
     output_ids: list[int] = field(default_factory=list)
+    logprobs: list[bytes] = field(default_factory=list)  # as in StepFrame, one per output token when asked for
     watch: StopWatch | None = None
     num_deaths: int = 0
 
@@ -61,17 +66,35 @@ class Generation:
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + self.max_tokens
 
+    def start_over(self, tokenizer: Tokenizer) -> None:
+        """Before the first token, also of a new engine."""
+        self.output_ids.clear()
+        self.logprobs.clear()
+        stop = self.params.stop
+        self.watch = StopWatch(tokenizer, self.prompt_ids, stop, self.params.min_tokens) if stop else None
+
     def to_wire(self) -> NewSequence:
+        params = self.params
+        terms = LogitTerms(
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=params.logit_bias,
+            min_tokens=params.min_tokens,
+        )
         return NewSequence(
             seq_id=self.seq_id,
             token_ids=np.asarray(self.prompt_ids, dtype="<i4").tobytes(),
             max_tokens=self.max_tokens,
             stop_token_ids=self.stop_token_ids,
-            temperature=self.params.temperature,
-            top_p=self.params.top_p,
-            top_k=self.params.top_k,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
             seed=self.seed,
             sample=self.sample,
+            min_p=params.min_p,
+            terms=None if terms == _NO_TERMS else terms,
+            logprobs=params.logprobs,
         )
 
 
@@ -131,23 +154,25 @@ class Generations:
     def _make(self, piece: Piece, prompt_ids: list[int], context_tokens: int) -> Generation:
         params = piece.params
         self._next_seq_id += 1
-        return Generation(
+        generation = Generation(
             seq_id=self._next_seq_id,
             prompt_ids=prompt_ids,
             params=params,
             max_tokens=min(params.max_tokens, context_tokens - len(prompt_ids)),
-            stop_token_ids=() if params.ignore_eos else self._stop_token_ids,
+            stop_token_ids=params.stop_token_ids + (() if params.ignore_eos else self._stop_token_ids),
             sample=piece.sample,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             key=piece.key,
             waiters=[piece],
-            watch=StopWatch(self._tokenizer, prompt_ids, params.stop) if params.stop else None,
         )
+        generation.start_over(self._tokenizer)
+        return generation
 
     def on_step(self, frame: StepFrame) -> None:
         """Apply one step's tokens; finished generations leave the registry."""
         done: list[tuple[Generation, Answer | Failure]] = []
         cut: list[tuple[int, int]] = []
+        logprobs = dict(frame.logprobs)
         with self._lock:
             seq_ids = np.frombuffer(frame.seq_ids, dtype="<i8").tolist()
             for seq_id, token in zip(seq_ids, np.frombuffer(frame.token_ids, dtype="<i4").tolist(), strict=True):
@@ -155,10 +180,12 @@ class Generations:
                 if generation is None:
                     continue
                 generation.output_ids.append(token)
+                if generation.params.logprobs is not None:
+                    generation.logprobs.append(logprobs[seq_id])
                 watch = generation.watch
                 if watch is not None and token not in generation.stop_token_ids and watch.push(token):
                     cut.append((seq_id, len(generation.output_ids)))
-                    done.append((generation, self._answer(generation, "stop", watch.text)))
+                    done.append((generation, self._answer(generation, "stop", watch.text, watch.num_kept)))
                     self._remove(generation)
             for seq_id, reason, num_tokens in frame.finished:
                 if (generation := self._live.get(seq_id)) is None:
@@ -167,7 +194,7 @@ class Generations:
                 has_stop_token = reason == "stop" and generation.output_ids[-1] in generation.stop_token_ids
                 shown = generation.output_ids[:-1] if has_stop_token else generation.output_ids
                 text = self._tokenizer.decode(generation.prompt_ids, shown)
-                done.append((generation, self._answer(generation, reason, text)))
+                done.append((generation, self._answer(generation, reason, text, len(shown))))
                 self._remove(generation)
             for seq_id, message in frame.refused:
                 if (generation := self._live.get(seq_id)) is not None:
@@ -195,9 +222,7 @@ class Generations:
         with self._lock:
             connect()
             for generation in self._live.values():
-                generation.output_ids.clear()
-                if generation.watch is not None:
-                    generation.watch = StopWatch(self._tokenizer, generation.prompt_ids, generation.params.stop)
+                generation.start_over(self._tokenizer)
             if self._live:
                 self._send(Intake(add=[g.to_wire() for g in self._live.values()]))
 
@@ -226,12 +251,18 @@ class Generations:
         if cancelled:
             self._send(Intake(finish=cancelled))
 
-    def _answer(self, generation: Generation, reason: str, text: str) -> Answer:
+    def _answer(self, generation: Generation, reason: str, text: str, num_shown: int) -> Answer:
+        """`num_shown` output tokens are those of the text."""
+        logprobs = None
+        if generation.params.logprobs is not None:
+            shown = generation.output_ids[:num_shown]
+            logprobs = pack_logprobs(shown, generation.logprobs[:num_shown], self._tokenizer.token_bytes)
         return Answer(
             text=text,
             finish_reason="stop" if reason == "stop" else "length",
             prompt_tokens=len(generation.prompt_ids),
             completion_tokens=len(generation.output_ids),
+            logprobs=logprobs,
         )
 
     def _remove(self, generation: Generation) -> None:

@@ -29,6 +29,7 @@ class Preparation:
         defaults: ModelDefaults,
         fingerprint: str,
         context_tokens: int,
+        vocab_size: int,
         generations: Generations,
         committer: Committer,
     ) -> None:
@@ -38,6 +39,7 @@ class Preparation:
         self._defaults = defaults
         self._fingerprint = fingerprint
         self._context_tokens = context_tokens
+        self._vocab_size = vocab_size
         self._generations = generations
         self._committer = committer
 
@@ -60,6 +62,7 @@ class Preparation:
         for request in lease.requests:
             try:
                 params = self._defaults.resolve(request, lease.job_params, self._context_tokens)
+                check_token_ids(request, params, self._vocab_size)
             except InvalidRequest as error:
                 if (request.line, 0) not in lease.done:
                     failures.append((request, Failure(error.code, error.message)))
@@ -127,6 +130,21 @@ class Preparation:
             f"{limit - 1} of prompt. Shorten the prompt, or serve the model with a larger "
             "MILLRACE_ENGINE_MAX_MODEL_LEN or MILLRACE_ENGINE_KV_TOKENS where its configuration allows it",
         )
+
+
+def check_token_ids(request: Request, params: ResolvedParams, vocab_size: int) -> None:
+    """Raises InvalidRequest naming the first token id that the model does not have."""
+    for name, ids in (
+        ("prompt", request.prompt_token_ids or ()),
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+    ):
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < vocab_size)
+            raise InvalidRequest(
+                "invalid_token",
+                f"{name} has the token id {wrong}: this model's are from 0 to {vocab_size - 1}",
+            )
 
 
 def answered(piece: Piece, answer: Answer, *, is_cached: bool) -> Result:

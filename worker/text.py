@@ -7,13 +7,10 @@ from typing import Any
 
 from protocol.errors import ConfigurationError
 from protocol.requests import Failure, Request
+from worker.detokenizer import Detokenizer, stable_context
+from worker.token_bytes import TokenBytes
 
 logger = logging.getLogger("millrace.worker")
-
-#: Decoding starts this many prompt tokens early, because some tokenizers drop a leading space or need the bytes of
-#: the previous token to finish a character.
-_CONTEXT_TOKENS = 6
-_INCOMPLETE = "�"
 
 
 class Tokenizer:
@@ -28,14 +25,17 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"{folder} has no tokenizer that can be loaded: {error}") from error
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
+        self._token_bytes = TokenBytes(self._tokenizer)
+        self.token_bytes = self._token_bytes.of
 
     def encode(self, requests: Sequence[Request]) -> list[list[int] | Failure]:
         """Token ids per Request, in order; a Request whose messages the template refuses becomes a Failure.
 
-        Templated text carries its own special tokens, so none are added to it; a bare prompt gets the model's.
+        Templated text carries its own special tokens, so none are added to it; a bare prompt gets the model's. Token
+        ids are taken as they are.
         """
-        texts: list[str | Failure] = [self._render(request) for request in requests]
-        encoded: list[list[int] | Failure] = [t if isinstance(t, Failure) else [] for t in texts]
+        texts: list[str | list[int] | Failure] = [self._render(request) for request in requests]
+        encoded: list[list[int] | Failure] = [[] if isinstance(t, str) else t for t in texts]
         for is_chat in (False, True):
             chosen = [
                 (i, text)
@@ -48,7 +48,9 @@ class Tokenizer:
                     encoded[i] = ids or Failure("empty_prompt", "the prompt has no tokens: send at least one character")
         return encoded
 
-    def _render(self, request: Request) -> str | Failure:
+    def _render(self, request: Request) -> str | list[int] | Failure:
+        if request.prompt_token_ids is not None:
+            return list(request.prompt_token_ids)
         if request.messages is None:
             return request.prompt or ""
         if not self._tokenizer.chat_template:
@@ -66,46 +68,57 @@ class Tokenizer:
         return text
 
     def decode(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> str:
-        """The text that `output_ids` add after `prompt_ids`; special tokens have no text."""
-        context = list(prompt_ids[-_CONTEXT_TOKENS:])
+        """The text that `output_ids` add after `prompt_ids`."""
+        context = stable_context(self._token_bytes, prompt_ids)
         before = self.decode_alone(context)
-        both = self.decode_alone(context + list(output_ids))
-        # A character that starts in the prompt and ends in the output changes the prompt's text: keep the output whole.
+        both = self.decode_alone([*context, *output_ids])
         return both[len(before) :] if both.startswith(before) else self.decode_alone(output_ids)
 
     def decode_alone(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        return Detokenizer(self._token_bytes, self.decode_alone, prompt_ids)
+
 
 class StopWatch:
     """One Sequence's text as it grows, searched for stop strings, also where they cross token borders.
 
-    Only the tokens since the last complete character are decoded again (the windowed scheme of text-generation
-    servers: a prefix that is known to be complete, and a tail that may still change).
+    Before `min_tokens` tokens no stop string counts; one that ends later counts wherever it begins, as in vLLM.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: tuple[str, ...]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
-        self._prefix = 0
-        self._read = len(self._ids)
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: tuple[str, ...], min_tokens: int = 0
+    ) -> None:
+        self._detokenizer = tokenizer.detokenizer(prompt_ids)
         self._stop = stop
-        self._longest = max(len(s) for s in stop)
-        self.text = ""
+        self._min_tokens = min_tokens
+        self._starts: list[int] = []  # where in the text each token's begins
+        self._num_searched = 0  # characters
+        self._end: int | None = None
+
+    @property
+    def text(self) -> str:
+        return self._detokenizer.text[: self._end]
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens whose text, or a part of it, is in `text`."""
+        length = len(self.text)
+        return sum(start < length for start in self._starts)
 
     def push(self, token_id: int) -> bool:
         """True when a stop string is complete; `text` then ends just before it, as OpenAI trims it."""
-        self._ids.append(token_id)
-        known = self._tokenizer.decode_alone(self._ids[self._prefix : self._read])
-        grown = self._tokenizer.decode_alone(self._ids[self._prefix :])
-        if len(grown) <= len(known) or grown.endswith(_INCOMPLETE):
-            return False
-        searched_from = max(0, len(self.text) - self._longest + 1)
-        self.text += grown[len(known) :]
-        self._prefix, self._read = self._read, len(self._ids)
-        found = [at for s in self._stop if (at := self.text.find(s, searched_from)) >= 0]
-        if not found:
-            return False
-        self.text = self.text[: min(found)]
-        return True
+        watched = self._detokenizer
+        self._starts.append(len(watched.settled))
+        watched.push(token_id)
+        # A broken character may still become another one, other pending text reads the same if the answer ends here.
+        text = watched.settled if "�" in watched.pending else watched.text
+        if len(self._starts) > self._min_tokens:
+            found = [at for s in self._stop if (at := text.find(s, max(self._num_searched - len(s) + 1, 0))) >= 0]
+            if found:
+                self._end = min(found)
+                return True
+        self._num_searched = len(watched.settled)
+        return False
