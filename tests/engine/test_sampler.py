@@ -9,7 +9,14 @@ VOCAB_SIZE = 40
 
 
 def draws_for(
-    num: int, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int = 3, first_position: int = 0
+    num: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int = 3,
+    first_position: int = 0,
 ) -> Draws:
     """`num` rows that differ in their position alone."""
     return Draws(
@@ -21,6 +28,7 @@ def draws_for(
         seed=torch.full((num,), seed),
         sample=torch.zeros(num, dtype=torch.int64),
         position=torch.arange(first_position, first_position + num),
+        min_p=torch.full((num,), min_p) if min_p else None,
     )
 
 
