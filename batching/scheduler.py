@@ -1,19 +1,24 @@
 """Scheduler: which Sequences run in the next step. Policy alone: it never sees a tensor, and its cost per step does not
 grow with the number waiting.
 
+The most urgent waiting Sequence is admitted next, and nothing is admitted past it; the least urgent running one is
+preempted when blocks run out, and keeps its place. So the most urgent Sequence of all always gets on, and each waits
+for the more urgent ones alone: for earlier ones among equals, but without end while more urgent ones keep arriving.
+
 It may be asked for step t+1 before the tokens of step t are known. Lengths are known in advance, so nothing is
 scheduled past max_tokens; a stop token is seen one step late and what was sampled behind it is dropped.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from batching.block_manager import BlockManager
+from batching.block_manager import BlockManager, content_name
 from batching.sequence import Sequence, SequenceState
+from batching.shared_prompt import SharedPrompt
+from batching.urgency_queue import UrgencyQueue
 from protocol.errors import InvalidRequest
 from protocol.frames import FinishReason
 
@@ -37,6 +42,9 @@ class StepPlan:
     admitted: list[Sequence] = field(default_factory=list)  # their row's state on the device starts afresh
     #: Blocks appended since the last plan, as (row, index in the block_table, block).
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    #: Blocks to copy before anything of this step is written, as (from, to). No block is in both places.
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    num_prefix_hit_tokens: int = 0  # of those admitted: not computed, since their K and V are there already
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -64,6 +72,15 @@ class StepPlan:
         seq.num_computed = end
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What is there already of a Sequence's known tokens: full blocks to share, and a block to copy the rest from."""
+
+    blocks: list[int] = field(default_factory=list)
+    num_tokens: int = 0
+    copied: int | None = None
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a step gave: parallel `seq_ids` and `token_ids`, and those finished as (seq_id, reason, output tokens)."""
@@ -82,6 +99,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_model_len: int,
         headroom_tokens: int = HEADROOM_TOKENS,
+        prefix_reuse: bool = True,
     ) -> None:
         self.blocks = blocks
         self.max_batch_tokens = max_batch_tokens
@@ -89,10 +107,13 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
         self.max_model_len = max_model_len
         self.headroom_tokens = headroom_tokens
+        self.prefix_reuse = prefix_reuse
         self.num_preemptions = 0
+        self._num_arrivals = 0
         self._alive: dict[int, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()  # finished ones stay in it until they reach the front
+        self._waiting = UrgencyQueue(SequenceState.WAITING)  # but for those who wait for a shared prompt
         self._running: dict[int, Sequence] = {}  # in the order of admission
+        self._preemptible = UrgencyQueue(SequenceState.RUNNING, is_reversed=True)
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
 
     @property
@@ -103,13 +124,32 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._alive) - len(self._running)
 
-    def add(self, seq: Sequence) -> None:
-        """Raises InvalidRequest when the Sequence could never finish."""
+    def get(self, seq_id: int) -> Sequence | None:
+        return self._alive.get(seq_id)
+
+    def add(self, seq: Sequence, *, sample_of: Sequence | None = None) -> None:
+        """Raises InvalidRequest when the Sequence could never finish.
+
+        `sample_of` is one alive with the same prompt. It is computed once for all of them, and each goes on in blocks
+        of its own.
+        """
         if seq.seq_id in self._alive:
             raise InvalidRequest("duplicate_sequence", f"Sequence {seq.seq_id} is already here")
         check_fits(seq, self.max_model_len, self.blocks.capacity)
+        self._num_arrivals += 1
+        seq.arrival = self._num_arrivals
         self._alive[seq.seq_id] = seq
-        self._waiting.append(seq)
+        if sample_of is not None and seq.num_reusable > 0:
+            shared = sample_of.shared_prompt
+            if shared is None:
+                shared = sample_of.shared_prompt = SharedPrompt(sample_of)
+                if self._has_prompt(sample_of):
+                    shared.hold(sample_of)
+            seq.shared_prompt = shared
+            if shared.leader is not None:
+                shared.park(seq)
+                return
+        self._waiting.push(seq)
 
     def finish(self, seq_id: int, num_kept: int) -> None:
         """End a Sequence from outside, keeping its first `num_kept` output tokens; an unknown one is ignored."""
@@ -127,6 +167,7 @@ class Scheduler:
             if seq.num_computed < seq.num_prefill and budget > 0:
                 budget -= self._schedule_prefill(plan, seq, budget)
         self._admit(plan, budget)
+        self._note_prompts(plan)
         return plan if plan.sequences else None
 
     def process(self, plan: StepPlan, tokens: npt.NDArray[np.int64]) -> Outcome:
@@ -134,16 +175,20 @@ class Scheduler:
         return apply_tokens(plan, tokens, self._finish)
 
     def _schedule_decode(self, plan: StepPlan) -> None:
-        block_size = self.blocks.block_size
-        for seq in list(self._running.values()):
-            if seq.num_computed < seq.num_prefill or seq.is_fully_scheduled or seq.seq_id not in self._running:
-                continue
-            if seq.num_computed == len(seq.block_table) * block_size:
-                if self.blocks.num_free == 0 and self._preempt_last() is seq:
-                    break
-                self._append_blocks(plan, seq, 1)
-            plan.append(seq, 1, is_sampled=True)
+        ready = [s for s in self._running.values() if s.num_computed >= s.num_prefill and not s.is_fully_scheduled]
+        num_needed = sum(map(self._needs_block, ready))
+        while num_needed > self.blocks.num_free:
+            num_needed -= self._preempt()
+        for seq in ready:
+            if seq.state is SequenceState.RUNNING:
+                if self._needs_block(seq):
+                    self._append_blocks(plan, seq, self.blocks.allocate(1))
+                plan.append(seq, 1, is_sampled=True)
         plan.num_decode = len(plan.sequences)
+
+    def _needs_block(self, seq: Sequence) -> bool:
+        """Whether the next token of a decoding Sequence has no place in its blocks."""
+        return seq.num_computed == len(seq.block_table) * self.blocks.block_size
 
     def _schedule_prefill(self, plan: StepPlan, seq: Sequence, budget: int) -> int:
         num_tokens = min(budget, seq.num_prefill - seq.num_computed)
@@ -151,47 +196,111 @@ class Scheduler:
         return num_tokens
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
-        if not (self._waiting and self._free_rows and budget > 0):
+        seq = self._waiting.first()
+        if seq is None or not self._free_rows or budget <= 0:
             return
         headroom = sum(map(self._headroom, self._running.values()))
-        while self._waiting and budget > 0 and self._free_rows:
-            seq = self._waiting[0]
-            if seq.state is SequenceState.FINISHED:
-                self._waiting.popleft()
-                continue
-            # One that was preempted with a token in flight has not all of its text here yet. (One that was preempted in
-            # this very step needs more blocks than it freed, so it is not taken straight back either.)
-            if seq.num_in_flight or headroom + self._headroom(seq) > self.blocks.num_free:
-                break
-            self._waiting.popleft()
-            self._running[seq.seq_id] = seq
-            seq.state = SequenceState.RUNNING
-            seq.row = self._free_rows.pop()
-            seq.num_computed, seq.num_prefill = 0, seq.num_known
-            plan.admitted.append(seq)
-            self._append_blocks(plan, seq, self.blocks.blocks_for(seq.num_tokens))
+        while seq is not None and self._free_rows and budget > 0:
+            # One that was preempted with a token in flight has not all of its text here yet.
+            if seq.num_in_flight or headroom >= self.blocks.num_free:
+                return
+            prefix = self._find_prefix(seq)
+            num_held = sum(self.blocks.num_holders(block) > 0 for block in prefix.blocks)
+            if headroom + self._headroom(seq) - num_held > self.blocks.num_free:
+                return
+            self._waiting.pop()
+            self._start(plan, seq, prefix)
             headroom += self._headroom(seq)
             budget -= self._schedule_prefill(plan, seq, budget)
+            seq = self._waiting.first()
+
+    def _start(self, plan: StepPlan, seq: Sequence, prefix: Prefix) -> None:
+        seq.state = SequenceState.RUNNING
+        self._running[seq.seq_id] = seq
+        self._preemptible.push(seq)
+        seq.row = self._free_rows.pop()
+        seq.num_computed, seq.num_prefill = prefix.num_tokens, seq.num_known
+        seq.num_named = num_shared = len(prefix.blocks)
+        plan.admitted.append(seq)
+        plan.num_prefix_hit_tokens += prefix.num_tokens
+        self.blocks.share(prefix.blocks)
+        self._append_blocks(plan, seq, prefix.blocks)
+        self._append_blocks(plan, seq, self.blocks.allocate(self.blocks.blocks_for(seq.num_tokens) - num_shared))
+        if prefix.copied is not None:
+            plan.copies.append((prefix.copied, seq.block_table[num_shared]))
+
+    def _find_prefix(self, seq: Sequence) -> Prefix:
+        block_size, num_tokens = self.blocks.block_size, seq.num_reusable
+        holder = seq.shared_prompt.holder if seq.shared_prompt is not None else None
+        if holder is not None and not seq.output_ids:
+            num_full, rest = divmod(num_tokens, block_size)
+            copied = holder.block_table[num_full] if rest else None
+            return Prefix(holder.block_table[:num_full], num_tokens, copied)
+        if not self.prefix_reuse:
+            return Prefix()
+        num_full = num_tokens // block_size
+        self._name_blocks(seq, num_full)
+        blocks = self.blocks.find(seq.block_names[:num_full])
+        return Prefix(blocks, len(blocks) * block_size)
+
+    def _note_prompts(self, plan: StepPlan) -> None:
+        """What this step writes of prompts can be shared by the steps launched after it."""
+        for seq in plan.sequences[plan.num_decode :]:
+            self._publish(seq, seq.num_prompt_tokens)
+            if seq.shared_prompt is not None and self._has_prompt(seq):
+                for waiting in seq.shared_prompt.hold(seq):
+                    self._waiting.push(waiting)
+
+    def _has_prompt(self, seq: Sequence) -> bool:
+        return seq.state is SequenceState.RUNNING and seq.num_computed >= seq.num_prompt_tokens
+
+    def _publish(self, seq: Sequence, num_tokens: int) -> None:
+        """Name the full blocks among the first `num_tokens`, as far as they are written and known."""
+        num_full = min(num_tokens, seq.num_computed, seq.num_known) // self.blocks.block_size
+        if self.prefix_reuse and num_full > seq.num_named:
+            self._name_blocks(seq, num_full)
+            for i in range(seq.num_named, num_full):
+                self.blocks.name(seq.block_table[i], seq.block_names[i])
+            seq.num_named = num_full
+
+    def _name_blocks(self, seq: Sequence, num: int) -> None:
+        names, num_bytes = seq.block_names, 4 * self.blocks.block_size
+        first = len(names)
+        if first < num:
+            tokens = seq.tokens(first * self.blocks.block_size, num * self.blocks.block_size)
+            data = memoryview(tokens.astype("<i4").tobytes())
+            name = names[-1] if names else b""
+            for start in range(0, len(data), num_bytes):
+                name = content_name(name, data[start : start + num_bytes])
+                names.append(name)
 
     def _headroom(self, seq: Sequence) -> int:
         """Blocks a Sequence needs beside those it has, now and soon."""
         most = min(seq.num_tokens + self.headroom_tokens, seq.num_prompt_tokens + seq.max_tokens)
         return max(self.blocks.blocks_for(most) - len(seq.block_table), 0)
 
-    def _append_blocks(self, plan: StepPlan, seq: Sequence, num: int) -> None:
+    def _append_blocks(self, plan: StepPlan, seq: Sequence, blocks: list[int]) -> None:
         index = len(seq.block_table)
-        blocks = self.blocks.allocate(num)
         seq.block_table.extend(blocks)
         plan.new_blocks.extend((seq.row, index + i, block) for i, block in enumerate(blocks))
 
-    def _preempt_last(self) -> Sequence:
-        """Recomputed later: its blocks are free at once, since steps run in the order in which they are launched."""
-        _, seq = self._running.popitem()
+    def _preempt(self) -> bool:
+        """Send the least urgent back; whether it was a decoding one that needed a block.
+
+        Its blocks are free at once, since steps run in the order in which they are launched; what is known of its text
+        can be found again in them until they are needed.
+        """
+        seq = self._preemptible.first()
+        assert seq is not None
+        self._preemptible.pop()
+        needed_block = seq.num_computed >= seq.num_prefill and not seq.is_fully_scheduled and self._needs_block(seq)
         self.num_preemptions += 1
+        self._publish(seq, seq.num_known)
+        del self._running[seq.seq_id]
         self._release(seq)
         seq.state = SequenceState.WAITING
-        self._waiting.appendleft(seq)
-        return seq
+        self._waiting.push(seq)
+        return needed_block
 
     def _finish(self, seq: Sequence) -> None:
         if seq.state is SequenceState.RUNNING:
@@ -199,12 +308,16 @@ class Scheduler:
             self._release(seq)
         seq.state = SequenceState.FINISHED
         del self._alive[seq.seq_id]
+        if seq.shared_prompt is not None and (leader := seq.shared_prompt.leave(seq)) is not None:
+            self._waiting.push(leader)
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.free(seq.block_table)
         seq.block_table = []
         self._free_rows.append(seq.row)
         seq.row = -1
+        if seq.shared_prompt is not None:
+            seq.shared_prompt.release(seq)
 
 
 def check_fits(seq: Sequence, max_model_len: int, capacity: int) -> None:

@@ -4,12 +4,17 @@ The host may be a step behind: a token that a launched step samples is counted a
 """
 
 import enum
+import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from protocol.frames import LogitTerms
+
+if TYPE_CHECKING:
+    from batching.shared_prompt import SharedPrompt
 
 
 class SequenceState(enum.Enum):
@@ -20,22 +25,28 @@ class SequenceState(enum.Enum):
 
 class Sequence:
     __slots__ = (
+        "arrival",
+        "block_names",
         "block_table",
+        "deadline",
         "logprobs",
         "max_tokens",
         "min_p",
         "num_computed",
         "num_in_flight",
+        "num_named",
         "num_prefill",
         "num_scored",
         "num_top",
         "output_ids",
+        "priority",
         "prompt_ids",
         "row",
         "sample",
         "score_from",
         "seed",
         "seq_id",
+        "shared_prompt",
         "state",
         "stop_token_ids",
         "temperature",
@@ -61,6 +72,8 @@ class Sequence:
         min_p: float = 0.0,
         terms: LogitTerms | None = None,
         logprobs: int | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
     ) -> None:
         self.seq_id = seq_id
         self.prompt_ids = prompt_ids
@@ -76,6 +89,8 @@ class Sequence:
         self.min_p = min_p
         self.terms = terms
         self.logprobs = logprobs
+        self.priority = priority  # lower is more urgent
+        self.deadline = deadline  # seconds since the epoch; earlier is more urgent, None least
 
         self.state = SequenceState.WAITING
         self.output_ids: list[int] = []
@@ -87,7 +102,16 @@ class Sequence:
         # Prompt tokens up to here are scored, or will be by a launched step: never again, also after a preemption.
         self.num_scored = len(prompt_ids) if score_from is None else max(score_from, 1)
         self.block_table: list[int] = []
+        self.num_named = 0  # leading blocks of the table whose content the BlockManager knows
+        self.block_names: list[bytes] = []  # of the leading full blocks, as far as they were asked for
+        self.arrival = 0  # among all Sequences the scheduler was given
+        self.shared_prompt: SharedPrompt | None = None
         self.row = -1  # index of the per-row state on the device while running
+
+    @property
+    def urgency(self) -> tuple[int, float, int]:
+        """Smaller is more urgent: priority, then deadline, then arrival."""
+        return self.priority, math.inf if self.deadline is None else self.deadline, self.arrival
 
     @property
     def num_prompt_tokens(self) -> int:

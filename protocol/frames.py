@@ -34,6 +34,9 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
 
     With max_tokens=0 nothing is generated: the prompt is put through the model for its scores.
     `terms` is None for logits that stay as they are; `logprobs` is None when no log-probabilities are wanted.
+    `sample_of` is the seq_id of one sent before in the same Intake: the prompt is that one's, `token_ids` is empty, and
+    the prompt is computed once for all its samples. Lower `priority` is more urgent, then an earlier `deadline` (in
+    seconds since the epoch), then who came first.
     """
 
     seq_id: int
@@ -50,6 +53,9 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     min_p: float = 0.0
     terms: LogitTerms | None = None
     logprobs: int | None = None
+    sample_of: int | None = None
+    priority: int = 0
+    deadline: float | None = None
 
 
 class Intake(msgspec.Struct, frozen=True, array_like=True, tag="intake"):
@@ -112,6 +118,8 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     `refused` holds (seq_id, message) of Sequences that could never finish, which the Celery side should have seen.
     `logprobs` holds (seq_id, piece) for the new tokens of Sequences that asked: the token's log-probability (float32),
     then the ids of the most likely tokens (int32) and their log-probabilities (float32), best first.
+    `num_free_blocks` counts those too that still hold a prefix nobody uses. `num_prefix_hit_tokens` are tokens of those
+    who started in this step that were not computed, because another Sequence had computed them.
     """
 
     seq_ids: bytes
@@ -125,6 +133,8 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     num_padding_tokens: int = 0  # beside the scheduled ones: computed for nobody
     scores: list[TokenScores] = []
     logprobs: list[tuple[int, bytes]] = []
+    num_prefix_hit_tokens: int = 0
+    num_preemptions: int = 0  # since the last frame
 
 
 Frame = Intake | EngineReady | EngineFailed | StepFrame

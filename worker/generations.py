@@ -73,7 +73,7 @@ class Generation:
         stop = self.params.stop
         self.watch = StopWatch(tokenizer, self.prompt_ids, stop, self.params.min_tokens) if stop else None
 
-    def to_wire(self) -> NewSequence:
+    def to_wire(self, sample_of: int | None = None) -> NewSequence:
         params = self.params
         terms = LogitTerms(
             repetition_penalty=params.repetition_penalty,
@@ -84,7 +84,7 @@ class Generation:
         )
         return NewSequence(
             seq_id=self.seq_id,
-            token_ids=np.asarray(self.prompt_ids, dtype="<i4").tobytes(),
+            token_ids=b"" if sample_of is not None else np.asarray(self.prompt_ids, dtype="<i4").tobytes(),
             max_tokens=self.max_tokens,
             stop_token_ids=self.stop_token_ids,
             temperature=params.temperature,
@@ -95,7 +95,18 @@ class Generation:
             min_p=params.min_p,
             terms=None if terms == _NO_TERMS else terms,
             logprobs=params.logprobs,
+            sample_of=sample_of,
         )
+
+
+def intake_of(generations: Iterable[Generation]) -> Intake:
+    """All of them, a prompt that several have in common sent with the first alone."""
+    firsts: dict[int, int] = {}  # seq_id by the prompt's list: samples of one Request share it
+    added: list[NewSequence] = []
+    for generation in generations:
+        first = firsts.setdefault(id(generation.prompt_ids), generation.seq_id)
+        added.append(generation.to_wire(None if first == generation.seq_id else first))
+    return Intake(add=added)
 
 
 class Generations:
@@ -149,7 +160,7 @@ class Generations:
                 if piece.key is not None:
                     self._by_key[piece.key] = generation
             if added:
-                self._send(Intake(add=[g.to_wire() for g in added]))
+                self._send(intake_of(added))
 
     def _make(self, piece: Piece, prompt_ids: list[int], context_tokens: int) -> Generation:
         params = piece.params
@@ -224,7 +235,7 @@ class Generations:
             for generation in self._live.values():
                 generation.start_over(self._tokenizer)
             if self._live:
-                self._send(Intake(add=[g.to_wire() for g in self._live.values()]))
+                self._send(intake_of(self._live.values()))
 
     def on_engine_death(self) -> None:
         """Count the death; what has been part of too many ends as a failure."""

@@ -105,6 +105,7 @@ class Run:
     scores: dict[int, list[TokenScores]] = field(default_factory=dict)
     num_steps: int = 0
     max_step_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
 
 
 def drive(engine: Engine, sequences: Sequence[NewSequence], wave: int = 4, steps_between: int = 3) -> Run:
@@ -128,6 +129,7 @@ def collect(engine: Engine, run: Run) -> None:
         return
     run.num_steps += 1
     run.max_step_tokens = max(run.max_step_tokens, frame.num_scheduled_tokens)
+    run.num_prefix_hit_tokens += frame.num_prefix_hit_tokens
     seq_ids, token_ids = np.frombuffer(frame.seq_ids, "<i8"), np.frombuffer(frame.token_ids, "<i4")
     for seq_id, token_id in zip(seq_ids.tolist(), token_ids.tolist(), strict=True):
         run.outputs.setdefault(seq_id, []).append(token_id)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -135,3 +136,26 @@ def test_the_context_bounds_the_tokens_promised(harness: Harness) -> None:
     harness.generations.add([(harness.piece(None, max_tokens=500), [5] * 90)], 100)
     assert harness.sent[0].add[0].max_tokens == 10
     assert harness.generations.num_tokens == 100
+
+
+def test_samples_of_one_request_send_their_prompt_once_and_again_to_a_new_engine(harness: Harness) -> None:
+    prompt, other = harness.ids("the queue"), harness.ids("the queue")
+    pieces = [(harness.piece(bytes([i]), temperature=1.0, seed=7), prompt) for i in range(3)]
+    harness.generations.add([pieces[0], (harness.piece(b"o"), other), *pieces[1:]], 100)
+    first, alone, second, third = harness.sent[0].add
+    assert np.frombuffer(first.token_ids, "<i4").tolist() == prompt
+    assert (first.sample_of, alone.sample_of, second.sample_of, third.sample_of) == (
+        None,
+        None,
+        first.seq_id,
+        first.seq_id,
+    )
+    assert alone.token_ids == first.token_ids
+    assert second.token_ids == third.token_ids == b""
+    harness.step((first.seq_id, 9), finished=[(first.seq_id, "length", 1)])
+    harness.generations.resend(lambda: None)
+    assert harness.sent[-1].add == [
+        alone,
+        msgspec.structs.replace(second, token_ids=first.token_ids, sample_of=None),
+        msgspec.structs.replace(third, sample_of=second.seq_id),
+    ]

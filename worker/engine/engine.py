@@ -58,6 +58,7 @@ class Engine:
         self._waste = Waste(loaded.layout)
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._refused: list[tuple[int, str]] = []
+        self._num_reported_preemptions = 0
         log.info(
             "layout %s, attention backend %s, KV cache of %d blocks of %d tokens, lookahead %d",
             loaded.layout,
@@ -106,9 +107,18 @@ class Engine:
 
     def add(self, new: NewSequence) -> None:
         """Queue a Sequence. One that can never finish is refused in the next frame and costs the others nothing."""
+        first = None
+        if new.sample_of is not None:
+            first = self.scheduler.get(new.sample_of)
+            if first is None:
+                reason = dict(self._refused).get(
+                    new.sample_of, f"it shares its prompt with {new.sample_of}, unknown here"
+                )
+                self._refused.append((new.seq_id, reason))
+                return
         sequence = Sequence(
             new.seq_id,
-            np.frombuffer(new.token_ids, dtype="<i4"),
+            np.frombuffer(new.token_ids, dtype="<i4") if first is None else first.prompt_ids,
             max_tokens=new.max_tokens,
             stop_token_ids=new.stop_token_ids,
             temperature=new.temperature,
@@ -121,10 +131,12 @@ class Engine:
             min_p=new.min_p,
             terms=new.terms,
             logprobs=new.logprobs,
+            priority=new.priority,
+            deadline=new.deadline,
         )
         try:
             self._check_vocabulary(sequence)
-            self.scheduler.add(sequence)
+            self.scheduler.add(sequence, sample_of=first)
         except InvalidRequest as error:
             self._refused.append((new.seq_id, error.message))
 
@@ -159,6 +171,8 @@ class Engine:
         scores: list[TokenScores],
         logprobs: list[tuple[int, bytes]],
     ) -> StepFrame:
+        num_preemptions = self.scheduler.num_preemptions - self._num_reported_preemptions
+        self._num_reported_preemptions += num_preemptions
         return StepFrame(
             seq_ids=np.array(outcome.seq_ids, dtype="<i8").tobytes(),
             token_ids=np.array(outcome.token_ids, dtype="<i4").tobytes(),
@@ -171,6 +185,8 @@ class Engine:
             num_padding_tokens=plan.num_padding_tokens,
             scores=scores,
             logprobs=logprobs,
+            num_prefix_hit_tokens=plan.num_prefix_hit_tokens,
+            num_preemptions=num_preemptions,
         )
 
     def _check_vocabulary(self, sequence: Sequence) -> None:
@@ -206,6 +222,7 @@ def _scheduler(loaded: LoadedModel, settings: EngineSettings, num_blocks: int, b
         max_num_seqs=settings.max_num_seqs,
         max_batch_tokens=settings.max_batch_tokens,
         max_model_len=loaded.max_model_len,
+        prefix_reuse=settings.prefix_reuse,
     )
 
 

@@ -45,6 +45,12 @@ class KVCache:
         v_cache.flatten(0, 1).index_copy_(0, slots, value)
         return k_cache, v_cache
 
+    def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
+        """Whole blocks, in every layer; no block is in both (int64)."""
+        for caches in self._layers:
+            for cache in caches:
+                cache.index_copy_(0, targets, cache.index_select(0, sources))
+
 
 def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
     return sum(2 * block_size * shape.num_kv_heads * shape.head_dim * dtype.itemsize for shape in layers)

@@ -106,6 +106,9 @@ class Runner:
         arrays = self._arrays(plan, layout, draw_slots) | self._adjustments.arrays(plan, layout.sampled_rows)
         sent = send(arrays | {"logprob_slots": logprob_slots} if len(logprob_slots) else arrays, self.device)
         self._update_rows(sent)
+        if plan.copies:
+            assert self.cache is not None
+            self.cache.copy_blocks(sent["copy_sources"], sent["copy_targets"])
         with self._scorer.watch(bool(plan.scored)):
             logits, positions, places = self._forward(plan, layout, sent)
         # A copy, since adjusting may happen in place.
@@ -173,6 +176,8 @@ class Runner:
             blocks = np.array(plan.new_blocks, dtype=np.int64)  # (blocks, 3)
             arrays["block_places"] = blocks[:, 0] * self.max_blocks + blocks[:, 1]
             arrays["blocks"] = blocks[:, 2].copy()
+        if plan.copies:
+            arrays["copy_sources"], arrays["copy_targets"] = np.array(plan.copies, dtype=np.int64).T.copy()
         if admitted:
             arrays["new_rows"] = np.array([seq.row for seq in admitted], dtype=np.int64)
             arrays["temperature"] = np.array([seq.temperature for seq in admitted], dtype=np.float32)
