@@ -22,6 +22,7 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_changes = 0  # times that room or a name has come into being
         self._num_holders = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # held by nobody, and nothing in them is of use
         self._idle: OrderedDict[int, None] = OrderedDict()  # held by nobody, named; the one unused longest first
@@ -69,6 +70,7 @@ class BlockManager:
             assert self._num_holders[block] > 0, f"block {block} is freed, and nobody holds it"
             self._num_holders[block] -= 1
             if self._num_holders[block] == 0:
+                self.num_changes += 1
                 if block in self._names:
                     self._idle[block] = None
                 else:
@@ -83,6 +85,7 @@ class BlockManager:
         if name not in self._by_name and block not in self._names:
             self._by_name[name] = block
             self._names[block] = name
+            self.num_changes += 1
 
     def find(self, names: Iterable[bytes]) -> list[int]:
         """The blocks of the longest beginning of `names` that is here."""

@@ -11,11 +11,13 @@ scheduled past max_tokens; a stop token is seen one step late and what was sampl
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from batching.block_manager import BlockManager, content_name
+from batching.peak_demand import peak_demand
 from batching.sequence import Sequence, SequenceState
 from batching.shared_prompt import SharedPrompt
 from batching.urgency_queue import UrgencyQueue
@@ -25,6 +27,14 @@ from protocol.frames import FinishReason
 #: Tokens. Admission leaves room for this many more of every running Sequence, or for all it may still have, so that a
 #: newcomer is not preempted by the next steps of those already running.
 HEADROOM_TOKENS = 16
+#: Steps after its last token was scheduled in which a Sequence still has its blocks, at most: the step's tokens come in
+#: when the next one is launched already.
+_END_DELAY = 1
+
+#: How admission judges that there is room. "headroom": see HEADROOM_TOKENS. "peak": the blocks suffice until all have
+#: had all tokens they may have, so nothing is ever preempted. "auto": by the peak while no Sequence concerned has stop
+#: tokens, which make lengths mere limits, by headroom otherwise.
+Admission = Literal["auto", "headroom", "peak"]
 
 
 @dataclass(slots=True)
@@ -98,6 +108,7 @@ class Scheduler:
         max_num_seqs: int,
         max_batch_tokens: int,
         max_model_len: int,
+        admission: Admission = "auto",
         headroom_tokens: int = HEADROOM_TOKENS,
         prefix_reuse: bool = True,
     ) -> None:
@@ -106,6 +117,7 @@ class Scheduler:
         # Every running Sequence must get its one token per step, so more rows than tokens make no sense.
         self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
         self.max_model_len = max_model_len
+        self.admission = admission
         self.headroom_tokens = headroom_tokens
         self.prefix_reuse = prefix_reuse
         self.num_preemptions = 0
@@ -115,6 +127,7 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}  # in the order of admission
         self._preemptible = UrgencyQueue(SequenceState.RUNNING, is_reversed=True)
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
+        self._no_room: tuple[Sequence | None, int] = (None, 0)  # who had none, after how many changes of the blocks
 
     @property
     def num_running(self) -> int:
@@ -199,20 +212,44 @@ class Scheduler:
         seq = self._waiting.first()
         if seq is None or not self._free_rows or budget <= 0:
             return
-        headroom = sum(map(self._headroom, self._running.values()))
         while seq is not None and self._free_rows and budget > 0:
             # One that was preempted with a token in flight has not all of its text here yet.
-            if seq.num_in_flight or headroom >= self.blocks.num_free:
+            if seq.num_in_flight or self._no_room == (seq, self.blocks.num_changes):
                 return
             prefix = self._find_prefix(seq)
-            num_held = sum(self.blocks.num_holders(block) > 0 for block in prefix.blocks)
-            if headroom + self._headroom(seq) - num_held > self.blocks.num_free:
+            if not self._has_room(seq, prefix):
+                self._no_room = (seq, self.blocks.num_changes)
                 return
             self._waiting.pop()
             self._start(plan, seq, prefix)
-            headroom += self._headroom(seq)
             budget -= self._schedule_prefill(plan, seq, budget)
             seq = self._waiting.first()
+
+    def _has_room(self, seq: Sequence, prefix: Prefix) -> bool:
+        """The answer can turn from no to yes only when blocks become free or known."""
+        blocks = self.blocks
+        num_unheld = sum(blocks.num_holders(block) == 0 for block in prefix.blocks)
+        is_known = not (seq.stop_token_ids or any(other.stop_token_ids for other in self._running.values()))
+        if self.admission == "headroom" or (self.admission == "auto" and not is_known):
+            needed = sum(map(self._headroom, self._running.values()), self._headroom(seq))
+            return needed - len(prefix.blocks) + num_unheld <= blocks.num_free
+        concerned = [*self._running.values(), seq]
+        # The last token is never computed.
+        ends = [other.num_prompt_tokens + max(other.max_tokens - 1, 0) for other in concerned]
+        # Those in prefill come one after the other, with what decode leaves of the budget.
+        to_prefill = [max(other.num_prefill - other.num_computed, 0) for other in self._running.values()]
+        to_prefill.append(seq.num_known - prefix.num_tokens)
+        behind = np.where(np.array(to_prefill) > 0, np.cumsum(to_prefill), 0)
+        least_budget = self.max_batch_tokens - (self.max_num_seqs - 1)
+        demand = peak_demand(
+            np.array([other.num_tokens for other in self._running.values()] + [seq.num_tokens + 1]),
+            np.array(ends),
+            np.array([len(other.block_table) for other in self._running.values()] + [len(prefix.blocks)]),
+            -(-behind // least_budget) + _END_DELAY,
+            blocks.num_blocks - blocks.num_free + num_unheld,
+            blocks.block_size,
+        )
+        return demand <= blocks.num_blocks
 
     def _start(self, plan: StepPlan, seq: Sequence, prefix: Prefix) -> None:
         seq.state = SequenceState.RUNNING

@@ -10,7 +10,7 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -38,6 +38,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     memory_fraction: float = 0.90  # of the device's memory, for weights, activations and KV cache together
     max_batch_tokens: int = 8192  # tokens per step
     max_num_seqs: int = 256  # Sequences running at once
+    admission: Literal["auto", "headroom", "peak"] = "auto"  # when a Sequence starts: batching/scheduler.py
     prefix_reuse: bool = True  # keep computed prompts, and let those who begin alike share them
     lookahead: int | None = None  # steps launched before the last one's tokens are known; None: 1 on CUDA, 0 on CPU
     num_threads: int | None = None  # torch threads on CPU; None: torch's own choice

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from batching.block_manager import BlockManager
-from batching.scheduler import Scheduler, StepPlan
+from batching.scheduler import Admission, Scheduler, StepPlan
 from batching.sequence import Sequence, SequenceState
 from tests.batching.fake_runner import FakeRunner, next_token
 
@@ -37,6 +37,7 @@ class Limits:
     max_batch_tokens: int
     lookahead: int
     headroom_tokens: int = 0
+    admission: Admission = "headroom"
     prefix_reuse: bool = True
 
 
@@ -69,6 +70,7 @@ class Loop:
             max_batch_tokens=limits.max_batch_tokens,
             max_model_len=MAX_MODEL_LEN,
             headroom_tokens=limits.headroom_tokens,
+            admission=limits.admission,
             prefix_reuse=limits.prefix_reuse,
         )
         self.runner = FakeRunner(limits.max_num_seqs, limits.num_blocks, limits.block_size, MAX_MODEL_LEN)

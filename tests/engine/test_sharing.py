@@ -168,6 +168,21 @@ def test_a_sequence_whose_logits_are_all_wanted_computes_every_position(
     assert list(first.outputs.values()) == list(again.outputs.values()) == list(all_wanted.outputs.values())
 
 
+def test_admission_by_the_peak_preempts_nobody_in_a_tiny_cache(
+    model_folder: Callable[[str], Path], alike: Callable[[str], Reference]
+) -> None:
+    expected = alike("llama")
+    settings = settings_for(
+        model_folder("llama"), lookahead=1, admission="auto", kv_tokens=272, max_batch_tokens=7, max_num_seqs=4
+    )
+    engine = Engine.start(settings)
+
+    run = drive(engine, [new_sequence(i, prompt, NUM_TOKENS) for i, prompt in enumerate(expected.prompts)], wave=7)
+
+    assert_equal_where_decided([run.outputs[i] for i in range(len(expected.prompts))], expected)
+    assert engine.scheduler.num_preemptions == 0
+
+
 def test_samples_of_a_refused_prompt_are_refused_with_its_reason(model_folder: Callable[[str], Path]) -> None:
     engine = Engine.start(settings_for(model_folder("llama"), kv_tokens=64))
     for new in samples_of(new_sequence(1, [3] * 60, 5), 2):

@@ -222,6 +222,7 @@ def _scheduler(loaded: LoadedModel, settings: EngineSettings, num_blocks: int, b
         max_num_seqs=settings.max_num_seqs,
         max_batch_tokens=settings.max_batch_tokens,
         max_model_len=loaded.max_model_len,
+        admission=settings.admission,
         prefix_reuse=settings.prefix_reuse,
     )
 

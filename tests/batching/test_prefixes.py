@@ -1,0 +1,130 @@
+"""What Sequences share: prefixes that are there already, and the prompt of samples."""
+
+from typing import Any
+
+import pytest
+
+from tests.batching.loop import Arrival, Limits, Loop, sequential
+
+LOOKAHEADS = pytest.mark.parametrize("lookahead", [0, 1])
+
+
+def roomy(**changes: Any) -> Limits:
+    fields = {"num_blocks": 40, "block_size": 4, "max_num_seqs": 8, "max_batch_tokens": 64, "lookahead": 0}
+    return Limits(**{**fields, **changes})
+
+
+def alike(num_common: int, *rest: int) -> list[int]:
+    return [*range(1, num_common + 1), *rest]
+
+
+def test_full_blocks_of_a_finished_text_are_read_by_the_next_but_for_its_last_token() -> None:
+    loop = Loop(roomy())
+    loop.add(0, Arrival(alike(8), 2))
+    loop.run()
+    loop.add(1, Arrival(alike(8), 2))
+    loop.run()
+    loop.add(2, Arrival(alike(8, 50), 2))
+    loop.run()
+
+    assert loop.num_hit_tokens == 4 + 8
+    assert loop.outputs[1] == loop.outputs[0]
+    assert loop.outputs[2] == sequential(alike(8, 50), 2)
+
+
+def test_a_block_is_shared_from_the_step_after_the_one_that_fills_it() -> None:
+    loop = Loop(roomy(lookahead=1, max_batch_tokens=10))
+    loop.add(0, Arrival(alike(10), 3))
+    loop.add(1, Arrival(alike(10, 60), 3))
+    first = loop.scheduler.schedule()
+    second = loop.scheduler.schedule()  # the first has been launched, and nothing of it is known
+
+    assert first is not None
+    assert second is not None
+    assert [seq.seq_id for seq in first.sequences] == [0]
+    assert (second.num_prefix_hit_tokens, second.starts) == (8, [10, 8])
+
+    together = Loop(roomy())
+    for seq_id in (0, 1):
+        together.add(seq_id, Arrival(alike(10), 3))
+    together.run()
+    assert together.num_hit_tokens == 0
+
+
+@LOOKAHEADS
+def test_a_preempted_sequence_finds_what_is_left_of_its_own_text(lookahead: int) -> None:
+    limits = Limits(num_blocks=6, block_size=2, max_num_seqs=2, max_batch_tokens=16, lookahead=lookahead)
+    loop = Loop(limits)
+    loop.add(0, Arrival([1, 2, 3], 8))
+    loop.add(1, Arrival([9, 8], 8))
+    loop.run()
+
+    assert loop.scheduler.num_preemptions > 0
+    assert loop.num_hit_tokens > 0
+    assert loop.outputs == {0: sequential([1, 2, 3], 8), 1: sequential([9, 8], 8)}
+
+
+def test_outputs_of_finished_texts_do_not_push_prompts_out() -> None:
+    loop = Loop(roomy())
+    loop.add(0, Arrival(alike(4, 9), 12))
+    loop.run()
+
+    assert loop.scheduler.blocks.num_named == 1
+
+
+@pytest.mark.parametrize("prefix_reuse", [True, False])
+@LOOKAHEADS
+@pytest.mark.parametrize("num_prompt", [1, 2, 4, 5, 8, 9])
+def test_samples_share_one_prefill_and_differ_from_its_last_token_on(
+    num_prompt: int, lookahead: int, prefix_reuse: bool
+) -> None:
+    loop = Loop(roomy(lookahead=lookahead, prefix_reuse=prefix_reuse))
+    loop.add(0, Arrival(alike(num_prompt), 6, num_samples=5))
+    loop.run()
+
+    assert loop.outputs == {i: sequential(alike(num_prompt), 6, sample=i) for i in range(5)}
+    assert loop.num_hit_tokens == 4 * (num_prompt - 1)
+    assert loop.num_copies == (4 if (num_prompt - 1) % 4 else 0)
+    if num_prompt > 1:
+        assert loop.runner.texts.keys() == set(loop.alive.values())
+        assert loop.runner.num_computed_tokens <= num_prompt + 4 + 5 * 6
+
+
+@LOOKAHEADS
+def test_when_the_sample_that_computes_the_prompt_is_cancelled_another_one_does(lookahead: int) -> None:
+    for num_steps in range(6):
+        loop = Loop(roomy(lookahead=lookahead, max_batch_tokens=8, max_num_seqs=3))
+        loop.add(0, Arrival(alike(20), 3, num_samples=4))
+        for _ in range(num_steps):
+            loop.step()
+        if 0 not in loop.finished:
+            loop.finish(0, 0)
+        loop.run()
+
+        expected = {i: sequential(alike(20), 3, sample=i) for i in range(1, 4)}
+        assert {i: loop.outputs[i] for i in range(1, 4)} == expected
+
+
+def test_samples_that_wait_for_a_prompt_hold_nobody_up() -> None:
+    loop = Loop(roomy(max_batch_tokens=8))
+    loop.add(0, Arrival(alike(20), 3, num_samples=3))
+    loop.add(10, Arrival([70, 71], 3))
+    for _ in range(3):
+        loop.step()
+
+    assert loop.admitted[:2] == [0, 10]
+    assert loop.scheduler.num_waiting == 2
+
+
+def test_a_score_is_computed_at_every_position_that_is_asked_for_and_no_other() -> None:
+    loop = Loop(roomy())
+    loop.add(0, Arrival(alike(12), 1))
+    loop.run()
+    hits = []
+    for seq_id, score_from in ((1, 0), (2, 9), (3, 12)):
+        before = loop.num_hit_tokens
+        loop.add(seq_id, Arrival(alike(12, 80), 0, score_from=score_from))
+        loop.run()
+        hits.append(loop.num_hit_tokens - before)
+
+    assert hits == [0, 8, 8]  # the token at 12 is scored by the logits at 11
