@@ -1,8 +1,9 @@
 """JSONL input as a stream of Requests; knows no database and no queue, and holds one line at a time.
 
 Two shapes of line are read: OpenAI's batch lines (`custom_id`, `method`, `url`, `body`) and plain ones (`prompt` or
-`messages`, an optional `id` or `custom_id`, and sampling parameters beside them). A line that cannot be used becomes a
-failed Result with its number, and the rest goes on.
+`messages`, an optional `id` or `custom_id`, and sampling parameters beside them). Plain lines may also ask for scores:
+`{"context": ..., "continuation": ...}`, or `{"kind": "score", "text": ...}` for all of a text. A line that cannot be
+used becomes a failed Result with its number, and the rest goes on.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,11 @@ _MAX_MESSAGE_LENGTH = 400
 _BOM = b"\xef\xbb\xbf"
 _PARAMETERS = frozenset(SamplingParams.__struct_fields__)
 _BATCH_FIELDS = frozenset({"custom_id", "method", "url", "body"})
-_PLAIN_FIELDS = frozenset({"id", "custom_id", "model", "prompt", "messages"})
+_PLAIN_FIELDS = frozenset({"id", "custom_id", "model", "prompt", "messages", "kind"})
+#: `kind` may be left out beside a continuation.
+_SCORE_FIELDS = frozenset({"id", "custom_id", "model", "kind", "context", "continuation", "text"})
+#: The one parameter that means something for a score: how many alternatives are told with each token.
+_SCORE_PARAMETER = "prompt_logprobs"
 _CONTENT_FIELD: dict[Endpoint, str] = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
 #: Told to OpenAI about the caller, not about the answer.
 _IGNORED_FIELDS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
@@ -97,6 +102,8 @@ def read_line(raw: bytes, number: int, model_names: Sequence[str]) -> Request | 
     try:
         fields = _decode_object(raw)
         custom_id = _custom_id(fields)
+        if "continuation" in fields or fields.get("kind") == "score":
+            return _read_score(fields, number, custom_id, model_names)
         if "body" not in fields and "url" not in fields:
             return _read_plain(fields, number, custom_id, model_names)
         endpoint = _read_envelope(fields)
@@ -161,6 +168,8 @@ def _read_plain(fields: dict[str, Any], number: int, custom_id: str | None, mode
     for name in fields:
         if name not in _PLAIN_FIELDS and name not in _PARAMETERS and name != "top_logprobs":
             _refuse_field(name)
+    if fields.get("kind") not in (None, "generate"):
+        raise InvalidRequest("invalid_parameter", f"kind={fields['kind']!r} is unknown: it is generate or score")
     _check_model(fields.get("model"), model_names)
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if prompt is None and messages is None:
@@ -176,6 +185,39 @@ def _read_plain(fields: dict[str, Any], number: int, custom_id: str | None, mode
         custom_id=custom_id,
         params=_params(_with_logprobs(fields, "plain")),
     )
+
+
+def _read_score(fields: dict[str, Any], number: int, custom_id: str | None, model_names: Sequence[str]) -> Request:
+    for name, value in fields.items():
+        if name in _PARAMETERS and name != _SCORE_PARAMETER:
+            if value is not None:
+                raise InvalidRequest("unsupported_parameter", f"{name} means nothing for a score: leave it out")
+        elif name not in _SCORE_FIELDS and name != _SCORE_PARAMETER:
+            raise InvalidRequest("unknown_field", f"{name!r} is not a field of a line that asks for a score")
+    if fields.get("kind") not in (None, "score"):
+        raise InvalidRequest("invalid_parameter", "a line with continuation asks for a score: leave kind out")
+    _check_model(fields.get("model"), model_names)
+    text, context, continuation = (_text(fields, name) for name in ("text", "context", "continuation"))
+    if (text is None) == (continuation is None) or (text is not None and context is not None):
+        raise InvalidRequest("missing_field", "a score needs text, or context and continuation")
+    if continuation == "":
+        raise InvalidRequest("empty_continuation", "continuation is empty: there is nothing to score")
+    return Request(
+        line=number,
+        kind="score",
+        prompt=text,
+        context=None if continuation is None else context or "",
+        continuation=continuation,
+        custom_id=custom_id,
+        params=_params({_SCORE_PARAMETER: fields.get(_SCORE_PARAMETER)}),
+    )
+
+
+def _text(fields: dict[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequest("invalid_type", f"{name} must be a string, not {_type_name(value)}")
+    return value
 
 
 def _read_body(

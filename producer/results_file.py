@@ -3,7 +3,7 @@
 Every object has the same keys: `line` and `sample` say which, `custom_id` is the caller's; `text`, `finish_reason` and
 `usage` are null in an error, `error` is null in an answer; `cached` says that nothing was computed for it; `params` are
 the resolved parameters, null when the line was refused before they were known. `logprobs` is there only where they were
-asked for, in OpenAI's shape.
+asked for, in OpenAI's shape. `score` is there for lines of kind score and for prompt_logprobs: protocol.scores.Score.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from protocol.errors import ConfigurationError
 from protocol.logprobs import Logprobs, unpack_logprobs
 from protocol.requests import Failure, Result
 from protocol.sampling import ResolvedParams
+from protocol.scores import Score, unpack_score
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -42,6 +43,7 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True):
     error: Failure | None
     params: ResolvedParams | None
     logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
+    score: Score | msgspec.UnsetType = msgspec.UNSET
 
 
 _encode = msgspec.json.Encoder().encode
@@ -61,6 +63,7 @@ def encode_result(result: Result) -> bytes:
         error=result.failure,
         params=result.params,
         logprobs=msgspec.UNSET if answer is None or answer.logprobs is None else unpack_logprobs(answer.logprobs),
+        score=msgspec.UNSET if answer is None or answer.score is None else unpack_score(answer.score),
     )
     return _encode(line) + b"\n"
 

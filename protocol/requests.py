@@ -11,7 +11,7 @@ from protocol.sampling import ResolvedParams, SamplingParams
 
 #: Where a Request came from decides its output shape and, as at OpenAI, its default max_tokens.
 Endpoint = Literal["plain", "/v1/completions", "/v1/chat/completions"]
-Kind = Literal["generate"]
+Kind = Literal["generate", "score"]
 
 #: zstd level of stored Chunks: 3 is the library's default and compresses JSON-like text at several hundred MB/s.
 _COMPRESSION_LEVEL = 3
@@ -27,7 +27,8 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One prompt with its parameters; `line` counts from 1.
 
-    Exactly one of `prompt`, `prompt_token_ids` and `messages` is set.
+    To generate, exactly one of `prompt`, `prompt_token_ids` and `messages` is set. To score, either `prompt`, all of
+    whose tokens are scored, or `continuation`, scored behind `context`.
     """
 
     line: int
@@ -38,6 +39,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     custom_id: str | None = None
     params: SamplingParams = SamplingParams()
     prompt_token_ids: tuple[int, ...] | None = None
+    context: str | None = None
+    continuation: str | None = None
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -55,6 +58,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     logprobs: bytes | None = None  # protocol.logprobs.pack_logprobs; None when not asked for
+    score: bytes | None = None  # protocol.scores.pack_score, of the prompt's tokens; None when not asked for
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,4 +101,5 @@ def answer_key(tenant: str, fingerprint: str, request: Request, params: Resolved
     parameters = [sorted(value.items()) if isinstance(value, dict) else value for value in values]
     parameters.append(0 if params.is_greedy else sample)
     content = [2, tenant, fingerprint, request.kind, request.prompt, request.prompt_token_ids, request.messages]
+    content += [request.context, request.continuation]
     return hashlib.sha256(_encode([*content, parameters])).digest()

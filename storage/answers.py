@@ -97,6 +97,7 @@ def find_answers(ledger: Ledger, keys: Iterable[bytes]) -> dict[bytes, Answer]:
                     prompt_tokens=row.prompt_tokens,
                     completion_tokens=row.completion_tokens,
                     logprobs=row.logprobs,
+                    score=row.score,
                 )
         return found
 

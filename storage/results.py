@@ -86,6 +86,7 @@ def to_row(job_id: str, attempt: int, result: Result) -> dict[str, Any]:
         "prompt_tokens": answer and answer.prompt_tokens,
         "completion_tokens": answer and answer.completion_tokens,
         "logprobs": answer and answer.logprobs,
+        "score": answer and answer.score,
         "error_code": failure and failure.code,
         "error_message": failure and failure.message,
         "params": result.params and _encode_params(result.params).decode(),
@@ -104,6 +105,7 @@ def _from_row(row: Any) -> Result:
             prompt_tokens=row.prompt_tokens,
             completion_tokens=row.completion_tokens,
             logprobs=row.logprobs,
+            score=row.score,
         )
     else:
         failure = Failure(row.error_code, row.error_message)

@@ -137,6 +137,7 @@ results = Table(
     Column("prompt_tokens", Integer),
     Column("completion_tokens", Integer),
     Column("logprobs", LargeBinary),  # protocol.logprobs.pack_logprobs; NULL when not asked for
+    Column("score", LargeBinary),  # protocol.scores.pack_score; NULL when not asked for
     Column("error_code", String(64)),  # NULL in an answer
     Column("error_message", FreeText),
     Column("params", Text),  # ResolvedParams, JSON; NULL when the Request failed before they were known
@@ -154,5 +155,6 @@ answers = Table(
     Column("prompt_tokens", Integer, nullable=False),
     Column("completion_tokens", Integer, nullable=False),
     Column("logprobs", LargeBinary),  # as in results
+    Column("score", LargeBinary),  # as in results
     Column("created_at", Double, nullable=False),
 )

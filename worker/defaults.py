@@ -33,8 +33,16 @@ class ModelDefaults(msgspec.Struct, frozen=True):
 
     def resolve(self, request: Request, job_params: SamplingParams, context_tokens: int) -> ResolvedParams:
         """Raises InvalidRequest when a parameter is out of range. `context_tokens` bounds an open-ended chat answer."""
+        if request.kind == "score":
+            return _resolve_score(request.params)
         params = request.params.over(job_params).over(self.params)
         return resolve(params, max_tokens=context_tokens if request.messages is not None else _COMPLETION_MAX_TOKENS)
+
+
+def _resolve_score(params: SamplingParams) -> ResolvedParams:
+    """Nothing is drawn for a score, so everything that would decide a draw is neutral: equal texts, equal keys."""
+    neutral = SamplingParams(temperature=0, prompt_logprobs=params.prompt_logprobs or 0)
+    return msgspec.structs.replace(resolve(neutral, max_tokens=1), max_tokens=0)
 
 
 def read_model_defaults(folder: Path, eos_token_id: int | None) -> ModelDefaults:

@@ -18,6 +18,7 @@ from protocol.frames import Intake, LogitTerms, NewSequence, StepFrame
 from protocol.logprobs import pack_logprobs
 from protocol.requests import Answer, Failure, Request
 from protocol.sampling import ResolvedParams
+from worker.scoring import ScoredPrompt, ScoreParts
 from worker.text import StopWatch, Tokenizer
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Generation:
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[bytes] = field(default_factory=list)  # as in StepFrame, one per output token when asked for
     watch: StopWatch | None = None
+    score: ScoreParts | None = None  # of the prompt, when asked for
     num_deaths: int = 0
 
     @property
@@ -70,6 +72,8 @@ class Generation:
         """Before the first token, also of a new engine."""
         self.output_ids.clear()
         self.logprobs.clear()
+        if self.score is not None:
+            self.score.clear()
         stop = self.params.stop
         self.watch = StopWatch(tokenizer, self.prompt_ids, stop, self.params.min_tokens) if stop else None
 
@@ -96,6 +100,8 @@ class Generation:
             terms=None if terms == _NO_TERMS else terms,
             logprobs=params.logprobs,
             sample_of=sample_of,
+            score_from=-1 if self.score is None else self.score.start,
+            num_top=params.prompt_logprobs or 0,
         )
 
 
@@ -145,15 +151,18 @@ class Generations:
             running.waiters.append(piece)
             return True
 
-    def add(self, pieces: Iterable[tuple[Piece, list[int]]], context_tokens: int) -> None:
-        """Start a generation for each (piece, prompt token ids); pieces with equal keys share one."""
+    def add(self, pieces: Iterable[tuple[Piece, list[int] | ScoredPrompt]], context_tokens: int) -> None:
+        """Start a generation for each (piece, prompt token ids); pieces with equal keys share one.
+
+        Where a prompt's scores are asked for, they begin with its second token or where a ScoredPrompt says.
+        """
         added: list[Generation] = []
         with self._lock:
-            for piece, prompt_ids in pieces:
+            for piece, prompt in pieces:
                 if piece.key is not None and (twin := self._by_key.get(piece.key)) is not None:
                     twin.waiters.append(piece)
                     continue
-                generation = self._make(piece, prompt_ids, context_tokens)
+                generation = self._make(piece, prompt, context_tokens)
                 added.append(generation)
                 self._live[generation.seq_id] = generation
                 self.num_tokens += generation.num_tokens
@@ -162,8 +171,9 @@ class Generations:
             if added:
                 self._send(intake_of(added))
 
-    def _make(self, piece: Piece, prompt_ids: list[int], context_tokens: int) -> Generation:
+    def _make(self, piece: Piece, prompt: list[int] | ScoredPrompt, context_tokens: int) -> Generation:
         params = piece.params
+        prompt_ids, start = (prompt.token_ids, prompt.start) if isinstance(prompt, ScoredPrompt) else (prompt, 1)
         self._next_seq_id += 1
         generation = Generation(
             seq_id=self._next_seq_id,
@@ -175,6 +185,7 @@ class Generations:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             key=piece.key,
             waiters=[piece],
+            score=None if params.prompt_logprobs is None else ScoreParts(start),
         )
         generation.start_over(self._tokenizer)
         return generation
@@ -185,6 +196,10 @@ class Generations:
         cut: list[tuple[int, int]] = []
         logprobs = dict(frame.logprobs)
         with self._lock:
+            for part in frame.scores:
+                scored = self._live.get(part.seq_id)
+                if scored is not None and scored.score is not None:
+                    scored.score.parts.append(part)
             seq_ids = np.frombuffer(frame.seq_ids, dtype="<i8").tolist()
             for seq_id, token in zip(seq_ids, np.frombuffer(frame.token_ids, dtype="<i4").tolist(), strict=True):
                 generation = self._live.get(seq_id)
@@ -274,6 +289,9 @@ class Generations:
             prompt_tokens=len(generation.prompt_ids),
             completion_tokens=len(generation.output_ids),
             logprobs=logprobs,
+            score=None
+            if generation.score is None
+            else generation.score.pack(generation.prompt_ids, self._tokenizer.token_bytes),
         )
 
     def _remove(self, generation: Generation) -> None:

@@ -12,6 +12,7 @@ from worker.committer import Committer
 from worker.defaults import ModelDefaults
 from worker.generations import Generations, Piece
 from worker.open_chunk import OpenChunk
+from worker.scoring import ScoredPrompt, encode_scored
 from worker.text import Tokenizer
 
 logger = logging.getLogger("millrace.worker")
@@ -109,12 +110,21 @@ class Preparation:
         """Tokenizes each Request once, also when it has several samples."""
         pieces = list(pieces)
         requests = {id(piece.request): piece.request for piece in pieces}
-        encoded = dict(zip(requests, self._tokenizer.encode(list(requests.values())), strict=True))
-        ready: list[tuple[Piece, list[int]]] = []
+        generating = {key: request for key, request in requests.items() if request.kind == "generate"}
+        encoded: dict[int, list[int] | ScoredPrompt | Failure] = dict(
+            zip(generating, self._tokenizer.encode(list(generating.values())), strict=True)
+        )
+        tokenizer = self._tokenizer
+        for key in requests.keys() - generating.keys():
+            encoded[key] = encode_scored(requests[key], tokenizer.encode_text, tokenizer.prefix_token_id)
+        ready: list[tuple[Piece, list[int] | ScoredPrompt]] = []
         for piece in pieces:
             ids = encoded[id(piece.request)]
-            if not isinstance(ids, Failure) and len(ids) >= self._context_tokens:
+            # A score needs no room for an answer.
+            if isinstance(ids, list) and len(ids) >= self._context_tokens:
                 ids = self._too_long(len(ids))
+            elif isinstance(ids, ScoredPrompt) and len(ids.token_ids) > self._context_tokens:
+                ids = self._too_long(len(ids.token_ids))
             if not isinstance(ids, Failure):
                 ready.append((piece, ids))
             else:

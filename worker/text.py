@@ -25,6 +25,9 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"{folder} has no tokenizer that can be loaded: {error}") from error
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
+        bos_token_id: int | None = self._tokenizer.bos_token_id
+        #: Stands before a text that is scored from its first token on.
+        self.prefix_token_id = bos_token_id if bos_token_id is not None else self.eos_token_id
         self._token_bytes = TokenBytes(self._tokenizer)
         self.token_bytes = self._token_bytes.of
 
@@ -47,6 +50,11 @@ class Tokenizer:
                 for (i, _), ids in zip(chosen, batch, strict=True):
                     encoded[i] = ids or Failure("empty_prompt", "the prompt has no tokens: send at least one character")
         return encoded
+
+    def encode_text(self, text: str) -> list[int]:
+        """With the special tokens that the model's tokenizer adds to any text."""
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids
 
     def _render(self, request: Request) -> str | list[int] | Failure:
         if request.prompt_token_ids is not None:

@@ -372,3 +372,37 @@ def test_any_bytes_are_a_request_or_a_refusal(raw: bytes) -> None:
     item = read_line(raw, 1, MODELS)
 
     assert isinstance(item, Request) or item.failure is not None
+
+
+def test_plain_lines_ask_for_scores_of_pairs_and_of_texts() -> None:
+    pair = read_line(b'{"context": "a b ", "continuation": "c", "prompt_logprobs": 3}', 1, ["m"])
+    alone = read_line(b'{"continuation": "c"}', 2, ["m"])
+    text = read_line(b'{"kind": "score", "text": "a b c", "id": 7}', 3, ["m"])
+
+    params = SamplingParams(prompt_logprobs=3)
+    assert pair == Request(line=1, kind="score", context="a b ", continuation="c", params=params)
+    assert alone == Request(line=2, kind="score", context="", continuation="c")
+    assert text == Request(line=3, kind="score", prompt="a b c", custom_id="7")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (b'{"kind": "score"}', "missing_field"),
+        (b'{"kind": "score", "text": "a", "context": "b"}', "missing_field"),
+        (b'{"kind": "score", "text": "a", "continuation": "b"}', "missing_field"),
+        (b'{"continuation": ""}', "empty_continuation"),
+        (b'{"continuation": 5}', "invalid_type"),
+        (b'{"continuation": "a", "prompt": "b"}', "unknown_field"),
+        (b'{"continuation": "a", "max_tokens": 5}', "unsupported_parameter"),
+        (b'{"continuation": "a", "kind": "generate"}', "invalid_parameter"),
+        (b'{"prompt": "a", "kind": "embed"}', "invalid_parameter"),
+        (b'{"continuation": "a", "model": "other"}', "unknown_model"),
+    ],
+)
+def test_score_lines_are_refused_by_what_is_wrong_with_them(line: bytes, code: str) -> None:
+    refused = read_line(line, 1, ["m"])
+
+    assert isinstance(refused, Result)
+    assert refused.failure is not None
+    assert refused.failure.code == code

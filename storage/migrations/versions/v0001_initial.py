@@ -21,6 +21,7 @@ def upgrade() -> None:
         sa.Column("prompt_tokens", sa.Integer, nullable=False),
         sa.Column("completion_tokens", sa.Integer, nullable=False),
         sa.Column("logprobs", sa.LargeBinary),
+        sa.Column("score", sa.LargeBinary),
         sa.Column("created_at", sa.Double, nullable=False),
         sa.PrimaryKeyConstraint("key", name="pk_answers"),
     )
@@ -102,6 +103,7 @@ def _create_results() -> None:
         sa.Column("prompt_tokens", sa.Integer),
         sa.Column("completion_tokens", sa.Integer),
         sa.Column("logprobs", sa.LargeBinary),
+        sa.Column("score", sa.LargeBinary),
         sa.Column("error_code", sa.String(64)),
         sa.Column("error_message", sa.Text),
         sa.Column("params", sa.Text),
