@@ -87,23 +87,29 @@ def random_model(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 def generate(
     engine: Engine, prompts: list[list[int]], num_tokens: int, wave: int, scores: list[list[float]] | None = None
-) -> list[list[int]]:
-    """Greedy outputs; `wave` prompts arrive every second step, so that every kind of step occurs.
+) -> tuple[list[list[int]], int]:
+    """Greedy outputs, and the number of tokens that were found computed; `wave` prompts arrive every second step, so
+    that every kind of step occurs.
 
-    With `scores`, every second prompt's tokens are scored too.
+    With `scores`, every second prompt's tokens are scored too. A prompt that is the one two before it is its sample.
     """
+    num_hit_tokens = 0
     outputs: list[list[int]] = [[] for _ in prompts]
     pending = list(enumerate(prompts))
     while pending or engine.has_work:
         for i, prompt in pending[:wave]:
             ids = np.array(prompt, dtype="<i4").tobytes()
             score_from = 1 if scores is not None and i % 2 else -1
-            engine.add(NewSequence(i, ids, num_tokens, (), 0.0, 1.0, 0, 0, 0, score_from=score_from))
+            sample_of = i - 2 if i % 4 == 2 and prompts[i - 2] is prompt else None
+            engine.add(
+                NewSequence(i, ids, num_tokens, (), 0.0, 1.0, 0, 0, 0, score_from=score_from, sample_of=sample_of)
+            )
         del pending[:wave]
         for _ in range(2):
             frame = engine.step()
             if frame is not None:
                 assert not frame.refused, frame.refused
+                num_hit_tokens += frame.num_prefix_hit_tokens
                 seq_ids, token_ids = np.frombuffer(frame.seq_ids, "<i8"), np.frombuffer(frame.token_ids, "<i4")
                 for seq_id, token_id in zip(seq_ids.tolist(), token_ids.tolist(), strict=True):
                     outputs[seq_id].append(token_id)
@@ -111,7 +117,7 @@ def generate(
                     assert scores is not None
                     scores[part.seq_id].extend(np.frombuffer(part.logprobs, "<f4").tolist())
     assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
-    return outputs
+    return outputs, num_hit_tokens
 
 
 @torch.inference_mode()
@@ -174,12 +180,16 @@ def check_family(loaded: LoadedModel, settings: EngineSettings, num_prompts: int
     vocab_size = loaded.vocab_size
     max_prompt = min(max_prompt, loaded.max_model_len - NUM_OUTPUT_TOKENS)
     prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(1, max_prompt))] for _ in range(num_prompts)]
+    # Of every four prompts the first begins as they all do, and the third is the first once more.
+    common = [rng.randrange(vocab_size) for _ in range(2 * max_prompt // 3)]
+    for i in range(0, num_prompts - 2, 4):
+        prompts[i] = prompts[i + 2] = (common + prompts[i])[:max_prompt]
     engine = Engine(loaded, settings)
     scores: list[list[float]] = [[] for _ in prompts]
-    outputs = generate(engine, prompts, NUM_OUTPUT_TOKENS, wave=4, scores=scores)
+    outputs, num_hit_tokens = generate(engine, prompts, NUM_OUTPUT_TOKENS, wave=4, scores=scores)
     assert [len(s) for s in scores] == [len(p) - 1 if i % 2 else 0 for i, p in enumerate(prompts)]
     counts: dict[str, Any] = {"layout": loaded.layout, "backend": engine.attention_name}
-    counts["preemptions"] = engine.scheduler.num_preemptions
+    counts |= {"preemptions": engine.scheduler.num_preemptions, "prefix_hit_tokens": num_hit_tokens}
     return counts | compare(loaded.model, prompts, outputs, scores)
 
 
@@ -219,7 +229,7 @@ def measure_speed(settings: EngineSettings, device: torch.device, dtype: torch.d
     prompts = [[rng.randrange(shape["vocab_size"]) for _ in range(num_in)] for _ in range(num)]
     generate(engine, prompts, 8, wave=num)
     started = time.perf_counter()
-    outputs = generate(engine, prompts, num_out, wave=num)
+    outputs, _ = generate(engine, prompts, num_out, wave=num)
     elapsed = time.perf_counter() - started
     num_tokens = sum(map(len, outputs))
     figures: dict[str, Any] = {
@@ -275,7 +285,13 @@ def main() -> int:
     is_small = device.type == "cpu"
     common = {"device": arguments.device, "attention": arguments.attention, "dtype": arguments.dtype}
     # A small budget and a cache of a few dozen blocks: chunked prefill beside decode, and preemption, all occur.
-    settings = EngineSettings(**common, max_batch_tokens=512, kv_tokens=512 if is_small else 12_288, lookahead=1)
+    settings = EngineSettings(
+        **common,
+        max_batch_tokens=512,
+        kv_tokens=512 if is_small else 12_288,
+        lookahead=1,
+        admission="headroom",
+    )
     size = {"num_prompts": 12 if is_small else 96, "max_prompt": 100 if is_small else 700}
     failures: dict[str, str] = {}
     families: dict[str, dict[str, Any]] = {}

@@ -158,6 +158,9 @@ class ChunkService:
             "versions": ready.versions,
             "open_chunks": len(self._open),
             "running": self._generations.num_live,
+            "computed_tokens": self._generations.num_computed_tokens,
+            "prefix_hit_tokens": self._generations.num_prefix_hit_tokens,
+            "preemptions": self._generations.num_preemptions,
         }
 
     def _take_in(self) -> None:

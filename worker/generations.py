@@ -135,6 +135,10 @@ class Generations:
         self._uncommitted: dict[bytes, Answer] = {}
         self._next_seq_id = 1
         self.num_tokens = 0  # promised to the engine and not finished: prompts and the outputs they may have
+        # What engines have reported in all.
+        self.num_computed_tokens = 0
+        self.num_prefix_hit_tokens = 0
+        self.num_preemptions = 0
 
     @property
     def num_live(self) -> int:
@@ -213,6 +217,9 @@ class Generations:
                     cut.append((seq_id, len(generation.output_ids)))
                     done.append((generation, self._answer(generation, "stop", watch.text, watch.num_kept)))
                     self._remove(generation)
+            self.num_computed_tokens += frame.num_scheduled_tokens
+            self.num_prefix_hit_tokens += frame.num_prefix_hit_tokens
+            self.num_preemptions += frame.num_preemptions
             for seq_id, reason, num_tokens in frame.finished:
                 if (generation := self._live.get(seq_id)) is None:
                     continue

@@ -138,6 +138,15 @@ def test_the_context_bounds_the_tokens_promised(harness: Harness) -> None:
     assert harness.generations.num_tokens == 100
 
 
+def test_what_steps_report_adds_up(harness: Harness) -> None:
+    for hits, preemptions in ((16, 0), (0, 2), (32, 1)):
+        frame = StepFrame(b"", b"", [], 1, 0, 1, 5, num_prefix_hit_tokens=hits, num_preemptions=preemptions)
+        harness.generations.on_step(frame)
+    generations = harness.generations
+    assert (generations.num_computed_tokens, generations.num_prefix_hit_tokens) == (15, 48)
+    assert generations.num_preemptions == 3
+
+
 def test_samples_of_one_request_send_their_prompt_once_and_again_to_a_new_engine(harness: Harness) -> None:
     prompt, other = harness.ids("the queue"), harness.ids("the queue")
     pieces = [(harness.piece(bytes([i]), temperature=1.0, seed=7), prompt) for i in range(3)]
