@@ -2,7 +2,7 @@
 
 What is no whole UTF-8, also at the end of an answer, reads as transformers decodes it: byte-level tokenizers give one
 U+FFFD for each broken character, byte fallback gives one for each byte of a run of byte tokens that is not UTF-8 as a
-whole. Special tokens have no text.
+whole. Special tokens have no text, nor have those that only the model's padded vocabulary has.
 """
 
 import codecs
@@ -35,7 +35,7 @@ class Detokenizer:
         return self.settled + self.pending
 
     def push(self, token_id: int) -> None:
-        if token_id in self._bytes.special_ids:
+        if self._bytes.is_silent(token_id):
             return
         if self._bytes.is_byte_level:
             self.settled += self._utf8.decode(self._bytes.of(token_id))
@@ -55,7 +55,7 @@ def stable_context(token_bytes: TokenBytes, prompt_ids: Sequence[int]) -> list[i
     """The prompt's last tokens whose text cannot be changed by what follows; none where none is needed."""
     if token_bytes.is_byte_level:
         return []
-    context = [token for token in prompt_ids[-4 * _CONTEXT_TOKENS :] if token not in token_bytes.special_ids]
+    context = [token for token in prompt_ids[-4 * _CONTEXT_TOKENS :] if not token_bytes.is_silent(token)]
     while context and token_bytes.is_byte(context[-1]):
         context.pop()
     return context[-_CONTEXT_TOKENS:]

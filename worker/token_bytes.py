@@ -14,6 +14,7 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._num_tokens = 1 + max(tokenizer.get_vocab().values())
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
         steps = (decoder or {}).get("decoders", [decoder or {}])
@@ -24,8 +25,12 @@ class TokenBytes:
         spaces += [step["pattern"].get("String") for step in steps if step.get("type") == "Replace"]
         self._space = next((space for space in spaces if space), None)
         self._added: dict[int, Any] = dict(tokenizer.added_tokens_decoder)
-        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.of = lru_cache(maxsize=1 << 16)(self._of)
+
+    def is_silent(self, token_id: int) -> bool:
+        """Whether decoding leaves the token out: a special one, or one that only the model has."""
+        return token_id in self._special_ids or token_id >= self._num_tokens
 
     def is_byte(self, token_id: int) -> bool:
         """Whether the token is one raw byte, so that its text depends on its neighbours."""
@@ -34,7 +39,7 @@ class TokenBytes:
 
     def _text(self, token_id: int) -> str | None:
         # A model's vocabulary may be padded beyond its tokenizer's; such a token has no text.
-        return self._tokenizer.convert_ids_to_tokens(token_id) if token_id < len(self._tokenizer) else None
+        return self._tokenizer.convert_ids_to_tokens(token_id) if token_id < self._num_tokens else None
 
     def _of(self, token_id: int) -> bytes:
         text = self._text(token_id)

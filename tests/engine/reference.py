@@ -103,6 +103,7 @@ class Run:
     outputs: dict[int, list[int]] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
     scores: dict[int, list[TokenScores]] = field(default_factory=dict)
+    logprobs: dict[int, list[bytes]] = field(default_factory=dict)
     num_steps: int = 0
     max_step_tokens: int = 0
     num_prefix_hit_tokens: int = 0
@@ -128,6 +129,8 @@ def collect(engine: Engine, run: Run) -> None:
     if frame is None:
         return
     run.num_steps += 1
+    for seq_id, piece in frame.logprobs:
+        run.logprobs.setdefault(seq_id, []).append(piece)
     run.max_step_tokens = max(run.max_step_tokens, frame.num_scheduled_tokens)
     run.num_prefix_hit_tokens += frame.num_prefix_hit_tokens
     seq_ids, token_ids = np.frombuffer(frame.seq_ids, "<i8"), np.frombuffer(frame.token_ids, "<i4")

@@ -105,6 +105,14 @@ def test_counts_are_rebuilt_exactly_after_preemption_and_survive_chunks(
     assert_as_expected(run, expected)
 
 
+def test_padded_rectangles_apply_every_term_too(
+    model_folder: Callable[[str], Path], expected: list[tuple[NewSequence, list[int], int]]
+) -> None:
+    engine = Engine.start(settings_for(model_folder("llama"), layout="padded"))
+
+    assert_as_expected(drive(engine, [new for new, _, _ in expected]), expected)
+
+
 def test_rows_without_terms_are_untouched_beside_rows_with_them(
     model_folder: Callable[[str], Path], expected: list[tuple[NewSequence, list[int], int]]
 ) -> None:

@@ -9,6 +9,7 @@ from protocol.errors import ConfigurationError, InvalidRequest
 from protocol.requests import Message, Request
 from protocol.sampling import SamplingParams
 from worker.defaults import read_model_defaults
+from worker.preparation import check_token_ids
 
 
 def write(folder: Path, **values: object) -> Path:
@@ -21,6 +22,48 @@ def test_the_request_wins_over_the_job_and_the_job_over_the_model(tmp_path: Path
     request = Request(line=1, prompt="p", params=SamplingParams(temperature=0.1))
     resolved = defaults.resolve(request, SamplingParams(temperature=0.2, top_p=0.5), 512)
     assert (resolved.temperature, resolved.top_p, resolved.top_k, resolved.max_tokens) == (0.1, 0.5, 20, 99)
+
+
+def test_everything_a_model_may_state_is_a_default(tmp_path: Path) -> None:
+    stated = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1}
+    defaults = read_model_defaults(write(tmp_path, **stated, max_new_tokens=99, do_sample=True), None)
+    resolved = defaults.resolve(Request(line=1, prompt="p"), SamplingParams(), 512)
+    assert {name: getattr(resolved, name) for name in stated} == stated
+    assert resolved.max_tokens == 99
+    asked = Request(line=1, prompt="p", params=SamplingParams(repetition_penalty=1.0, min_p=0.0))
+    resolved = defaults.resolve(asked, SamplingParams(min_p=0.5), 512)
+    assert (resolved.repetition_penalty, resolved.min_p) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"), [({"top_p": 7}, "top_p=7.0 is out of range"), ({"top_k": "many"}, r"top_k")]
+)
+def test_a_model_default_that_cannot_be_used_is_named(stated: dict[str, object], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=rf"generation_config\.json.*{words}"):
+        read_model_defaults(write(tmp_path, **stated), None)
+
+
+def test_min_tokens_over_the_default_max_tokens_is_refused(tmp_path: Path) -> None:
+    request = Request(line=1, prompt="p", params=SamplingParams(min_tokens=100))
+    with pytest.raises(InvalidRequest, match="min_tokens=100 is out of range: it must be at most max_tokens=99"):
+        read_model_defaults(write(tmp_path, max_new_tokens=99), None).resolve(request, SamplingParams(), 512)
+
+
+@pytest.mark.parametrize(
+    ("request_", "name", "token"),
+    [
+        (Request(line=1, prompt_token_ids=(5, 512, 900)), "prompt", 512),
+        (Request(line=1, prompt="p", params=SamplingParams(logit_bias={3: 1.0, 600: 1.0})), "logit_bias", 600),
+        (Request(line=1, prompt="p", params=SamplingParams(stop_token_ids=(700,))), "stop_token_ids", 700),
+    ],
+)
+def test_token_ids_outside_the_vocabulary_are_refused_by_name(
+    request_: Request, name: str, token: int, tmp_path: Path
+) -> None:
+    params = read_model_defaults(tmp_path, None).resolve(request_, SamplingParams(), 512)
+    with pytest.raises(InvalidRequest, match=f"{name} has the token id {token}: this model's are from 0 to 511"):
+        check_token_ids(request_, params, 512)
+    check_token_ids(request_, params, 901)
 
 
 def test_openai_fills_what_nobody_set(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from protocol.frames import FinishReason, Intake, StepFrame
+from protocol.frames import FinishReason, Intake, LogitTerms, StepFrame
+from protocol.logprobs import unpack_logprobs
 from protocol.requests import Answer, Failure, Request
 from protocol.sampling import SamplingParams, resolve
 from worker.generations import Generation, Generations, Piece
@@ -37,10 +38,17 @@ class Harness:
         resolved = resolve(SamplingParams(**params), max_tokens=16)
         return Piece(chunk or self.chunk, Request(line=1, prompt="the"), resolved, 0, key)
 
-    def step(self, *tokens: tuple[int, int], finished: list[tuple[int, FinishReason, int]] | None = None) -> None:
+    def step(
+        self,
+        *tokens: tuple[int, int],
+        finished: list[tuple[int, FinishReason, int]] | None = None,
+        logprobs: list[tuple[int, bytes]] | None = None,
+    ) -> None:
         seq_ids = np.array([t[0] for t in tokens], dtype="<i8").tobytes()
         token_ids = np.array([t[1] for t in tokens], dtype="<i4").tobytes()
-        self.generations.on_step(StepFrame(seq_ids, token_ids, finished or [], 1, 0, 1, len(tokens)))
+        self.generations.on_step(
+            StepFrame(seq_ids, token_ids, finished or [], 1, 0, 1, len(tokens), logprobs=logprobs or [])
+        )
 
 
 @pytest.fixture
@@ -130,6 +138,121 @@ def test_abandoning_a_chunk_cancels_only_what_nobody_else_waits_for(harness: Har
     harness.step((running_shared.seq_id, 9), finished=[(running_shared.seq_id, "length", 1)])
     ((generation, _),) = harness.done
     assert [w.chunk for w in generation.waiters] == [other]
+
+
+def test_every_parameter_reaches_the_engine(harness: Harness) -> None:
+    given: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "seed": 3,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {5: 1.0},
+        "min_tokens": 2,
+        "logprobs": 4,
+    }
+    harness.generations.add([(harness.piece(None, **given), [5]), (harness.piece(None), [5])], 100)
+    new, plain = harness.sent[0].add
+    sent = msgspec.structs.asdict(new)
+    terms = sent.pop("terms")
+    assert {name: sent[name] for name in given if name in sent} == {n: v for n, v in given.items() if n in sent}
+    assert terms == LogitTerms(1.2, 0.5, -0.5, {5: 1.0}, 2)
+    # What nobody asked for costs the engine nothing.
+    assert (plain.terms, plain.min_p, plain.logprobs) == (None, 0.0, None)
+
+
+def test_stop_token_ids_end_an_answer_without_text_also_with_ignore_eos(harness: Harness) -> None:
+    harness.generations.add(
+        [
+            (harness.piece(None, stop_token_ids=(9,)), [5]),
+            (harness.piece(None, stop_token_ids=(9,), ignore_eos=True), [5]),
+            (harness.piece(None, ignore_eos=True), [5]),
+        ],
+        100,
+    )
+    both, own, none = harness.sent[0].add
+    assert set(both.stop_token_ids) == {9, harness.eos}
+    assert (own.stop_token_ids, none.stop_token_ids) == ((9,), ())
+    (queue,) = harness.ids(" queue")
+    harness.step((own.seq_id, queue))
+    harness.step((own.seq_id, 9), finished=[(own.seq_id, "stop", 2)])
+    ((_, answer),) = harness.done
+    assert answer == Answer(text=" queue", finish_reason="stop", prompt_tokens=1, completion_tokens=2)
+
+
+def test_min_tokens_lets_an_early_stop_string_pass(harness: Harness) -> None:
+    harness.generations.add([(harness.piece(None, stop=("queue",), min_tokens=3), harness.ids("the"))], 100)
+    (sequence,) = harness.sent[0].add
+    tokens = harness.ids(" queue holds the queue")
+    for token in tokens:
+        harness.step((sequence.seq_id, token))
+    ((_, answer),) = harness.done
+    assert isinstance(answer, Answer)
+    assert answer.text == " queue holds the "
+
+
+def pieces(generation_id: int, logprob: float, *top: tuple[int, float]) -> list[tuple[int, bytes]]:
+    ids = np.array([token for token, _ in top], dtype="<i4").tobytes()
+    values = np.array([value for _, value in top], dtype="<f4").tobytes()
+    return [(generation_id, np.float32(logprob).tobytes() + ids + values)]
+
+
+def test_log_probabilities_come_with_the_tokens_of_the_text_alone(harness: Harness) -> None:
+    queue, holds = harness.ids(" queue"), harness.ids(" holds")
+    assert len(queue) == len(holds) == 1
+    harness.generations.add([(harness.piece(b"k", logprobs=2), [5])], 100)
+    (sequence,) = harness.sent[0].add
+    top = ((queue[0], -0.25), (holds[0], -1.5))
+    harness.step((sequence.seq_id, queue[0]), logprobs=pieces(sequence.seq_id, -0.25, *top))
+    harness.step(
+        (sequence.seq_id, harness.eos),
+        finished=[(sequence.seq_id, "stop", 2)],
+        logprobs=pieces(sequence.seq_id, -0.5, *top),
+    )
+    ((_, answer),) = harness.done
+    assert isinstance(answer, Answer)
+    assert answer.logprobs is not None
+    (token,) = unpack_logprobs(answer.logprobs).content
+    assert (token.token, token.logprob, bytes(token.bytes)) == (" queue", -0.25, b" queue")
+    assert [(other.token, other.logprob) for other in token.top_logprobs] == [(" queue", -0.25), (" holds", -1.5)]
+
+
+def test_log_probabilities_end_with_the_text_before_a_stop_string(harness: Harness) -> None:
+    harness.generations.add([(harness.piece(None, stop=("ds the w",), logprobs=0), harness.ids("the"))], 100)
+    (sequence,) = harness.sent[0].add
+    tokens = harness.ids(" queue holds the worker")
+    for i, token in enumerate(tokens):
+        harness.step((sequence.seq_id, token), logprobs=pieces(sequence.seq_id, -float(i)))
+    ((_, answer),) = harness.done
+    assert isinstance(answer, Answer)
+    assert answer.text == " queue hol"
+    assert answer.logprobs is not None
+    content = unpack_logprobs(answer.logprobs).content
+    # The token that the stop string begins in is the last one.
+    assert "".join(token.token for token in content).startswith(answer.text)
+    assert not "".join(token.token for token in content[:-1]).startswith(answer.text)
+    assert len(content) < answer.completion_tokens <= len(tokens)
+
+
+def test_a_new_engine_starts_log_probabilities_over_too(harness: Harness) -> None:
+    harness.generations.add([(harness.piece(None, logprobs=0), [5])], 100)
+    (sequence,) = harness.sent[0].add
+    (queue,) = harness.ids(" queue")
+    harness.step((sequence.seq_id, queue), logprobs=pieces(sequence.seq_id, -1.0))
+    harness.generations.on_engine_death()
+    harness.generations.resend(lambda: None)
+    harness.step(
+        (sequence.seq_id, queue),
+        finished=[(sequence.seq_id, "length", 1)],
+        logprobs=pieces(sequence.seq_id, -2.0),
+    )
+    ((_, answer),) = harness.done
+    assert isinstance(answer, Answer)
+    assert answer.logprobs is not None
+    assert [token.logprob for token in unpack_logprobs(answer.logprobs).content] == [-2.0]
 
 
 def test_the_context_bounds_the_tokens_promised(harness: Harness) -> None:
