@@ -81,6 +81,7 @@ class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     attention_backend: str
     versions: dict[str, str]
     layout: str = "packed"  # or padded
+    num_devices: int = 1  # GPUs that engines of these settings may spread over
     vocab_size: int = 0
 
 

@@ -52,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model_name: str | None = None  # the name clients ask for; None: the last part of engine.model
     tenant: str = "default"
     engine: EngineSettings = EngineSettings()
+    num_engines: int | None = None  # of a worker; None: one per visible GPU where engine.device is auto, else one
 
     chunk_requests: int = 64  # Requests per Chunk at most
     chunk_bytes: int = 262_144  # of prompt text per Chunk at most, so that long prompts spread over workers too

@@ -23,7 +23,7 @@ from storage.leases import Lease, claim, claim_oldest, release, renew
 from storage.ledger import Ledger
 from worker.committer import Committer
 from worker.defaults import read_model_defaults
-from worker.engine_link import EngineLink
+from worker.engine_group import EngineGroup
 from worker.generations import Generation, Generations
 from worker.open_chunk import OpenChunk, Ticket
 from worker.preparation import Preparation, answered, failed
@@ -65,12 +65,13 @@ class ChunkService:
             on_finished=self._finish,
             on_lost=self._drop,
         )
-        self._link = EngineLink(
+        self._engines = EngineGroup(
             settings.engine,
+            settings.num_engines,
             settings.engine_start_seconds,
-            on_ready=lambda connect: self._generations.resend(connect),
+            on_ready=lambda engine, connect: self._generations.resend(connect, engine),
             on_step=lambda frame: self._generations.on_step(frame),
-            on_death=lambda: self._generations.on_engine_death(),
+            on_death=lambda engine: self._generations.on_engine_death(engine),
             on_fatal=on_fatal,
         )
         self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
@@ -86,15 +87,17 @@ class ChunkService:
     def start(self) -> None:
         """Blocks until the engine is ready. Raises ConfigurationError, EngineDied or DatabaseUnavailable."""
         self._ledger.check_schema()
-        self._link.spawn()
+        self._engines.spawn()
         try:
             # Loading the tokenizer takes seconds too, and the engine does not need it.
             tokenizer = Tokenizer(self._model_folder)
             defaults = read_model_defaults(self._model_folder, tokenizer.eos_token_id)
-            self._generations = Generations(tokenizer, defaults.stop_token_ids, self._link.send, self._settle)
-            self.engine = self._link.start()
+            self._generations = Generations(tokenizer, defaults.stop_token_ids, self._engines.send, self._settle)
+            ready = self._engines.start()
+            self.engine, self._num_engines = ready[0], len(ready)
+            self._generations.num_engines = len(ready)
         except BaseException:
-            self._link.stop()
+            self._engines.stop()
             raise
         self._preparation = Preparation(
             ledger=self._ledger,
@@ -102,12 +105,14 @@ class ChunkService:
             tokenizer=tokenizer,
             defaults=defaults,
             fingerprint=self.engine.fingerprint,
-            context_tokens=min(self.engine.max_model_len, self.engine.kv_tokens),
+            context_tokens=min(min(engine.max_model_len, engine.kv_tokens) for engine in ready),
             vocab_size=self.engine.vocab_size,
             generations=self._generations,
             committer=self._committer,
         )
-        self._intake_tokens = self._settings.intake_tokens or _INTAKE_KV_CACHES * self.engine.kv_tokens
+        self._intake_tokens = self._settings.intake_tokens or _INTAKE_KV_CACHES * sum(
+            engine.kv_tokens for engine in ready
+        )
         self._committer.start()
         for thread in self._threads:
             thread.start()
@@ -119,7 +124,7 @@ class ChunkService:
         self._has_room.set()
         for thread in self._threads:
             thread.join()
-        self._link.stop()
+        self._engines.stop()
         self._committer.stop()
         with self._open_lock:
             left, self._open = self._open, {}
@@ -137,7 +142,8 @@ class ChunkService:
     @property
     def has_credit(self) -> bool:
         """Whether another Chunk could start soon: counted in tokens, and never less than some full batches."""
-        is_short_of_batches = self._generations.num_live < _INTAKE_BATCHES * self.engine.max_num_seqs
+        full_batches = _INTAKE_BATCHES * self.engine.max_num_seqs * self._num_engines
+        is_short_of_batches = self._generations.num_live < full_batches
         return is_short_of_batches or self._generations.num_tokens < self._intake_tokens
 
     def receive(self, ticket: Ticket) -> None:
@@ -149,8 +155,10 @@ class ChunkService:
         ready: EngineReady = self.engine
         return {
             "model": self._settings.served_model,
+            "engines": self._num_engines,
             "device": ready.device,
             "dtype": ready.dtype,
+            "layout": ready.layout,
             "attention": ready.attention_backend,
             "max_model_len": ready.max_model_len,
             "kv_tokens": ready.kv_tokens,

@@ -1,13 +1,14 @@
 """The registry of running generations: what the engine owes, and who waits for each of them.
 
-It is the worker's only memory of the engine's work, so an engine that dies is simply told everything again. It also
-makes equal Requests share one computation: whoever asks for a key that is running, or that is finished but not yet
-committed, joins it.
+It is the worker's only memory of the engines' work, so one that dies is simply told everything again. New work goes to
+the engine that owes the fewest tokens. The registry also makes equal Requests share one computation: whoever asks for a
+key that is running, or that is finished but not yet committed, joins it.
 """
 
 import logging
 import secrets
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -63,6 +64,7 @@ class Generation:
     watch: StopWatch | None = None
     score: ScoreParts | None = None  # of the prompt, when asked for
     num_deaths: int = 0
+    engine: int = 0  # its number
 
     @property
     def num_tokens(self) -> int:
@@ -116,13 +118,13 @@ def intake_of(generations: Iterable[Generation]) -> Intake:
 
 
 class Generations:
-    """Thread-safe. `send` reaches the engine; `on_done` gets every finished generation, outside the lock."""
+    """Thread-safe. `send` reaches an engine by its number; `on_done` gets what is finished, outside the lock."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         stop_token_ids: tuple[int, ...],
-        send: Callable[[Intake], None],
+        send: Callable[[int, Intake], None],
         on_done: Callable[[Generation, Answer | Failure], None],
     ) -> None:
         self._tokenizer = tokenizer
@@ -134,7 +136,10 @@ class Generations:
         self._by_key: dict[bytes, Generation] = {}
         self._uncommitted: dict[bytes, Answer] = {}
         self._next_seq_id = 1
-        self.num_tokens = 0  # promised to the engine and not finished: prompts and the outputs they may have
+        self._loads: Counter[int] = Counter()  # tokens, as in num_tokens, by engine
+        self._down: set[int] = set()  # engines that have died and are not back
+        self.num_engines = 1
+        self.num_tokens = 0  # promised to the engines and not finished: prompts and the outputs they may have
         # What engines have reported in all.
         self.num_computed_tokens = 0
         self.num_prefix_hit_tokens = 0
@@ -160,20 +165,27 @@ class Generations:
 
         Where a prompt's scores are asked for, they begin with its second token or where a ScoredPrompt says.
         """
-        added: list[Generation] = []
+        added: defaultdict[int, list[Generation]] = defaultdict(list)
+        engines: dict[int, int] = {}  # by prompt: the samples of a Request share their prompt's blocks
         with self._lock:
             for piece, prompt in pieces:
                 if piece.key is not None and (twin := self._by_key.get(piece.key)) is not None:
                     twin.waiters.append(piece)
                     continue
                 generation = self._make(piece, prompt, context_tokens)
-                added.append(generation)
+                generation.engine = engines.setdefault(id(prompt), self._least_loaded())
+                added[generation.engine].append(generation)
+                self._loads[generation.engine] += generation.num_tokens
                 self._live[generation.seq_id] = generation
                 self.num_tokens += generation.num_tokens
                 if piece.key is not None:
                     self._by_key[piece.key] = generation
-            if added:
-                self._send(intake_of(added))
+            for engine, theirs in added.items():
+                self._send(engine, intake_of(theirs))
+
+    def _least_loaded(self) -> int:
+        """The engine with the fewest outstanding tokens; one that is down only when all are."""
+        return min(range(self.num_engines), key=lambda engine: (engine in self._down, self._loads[engine]))
 
     def _make(self, piece: Piece, prompt: list[int] | ScoredPrompt, context_tokens: int) -> Generation:
         params = piece.params
@@ -197,7 +209,7 @@ class Generations:
     def on_step(self, frame: StepFrame) -> None:
         """Apply one step's tokens; finished generations leave the registry."""
         done: list[tuple[Generation, Answer | Failure]] = []
-        cut: list[tuple[int, int]] = []
+        cut: list[tuple[Generation, int]] = []
         logprobs = dict(frame.logprobs)
         with self._lock:
             for part in frame.scores:
@@ -214,7 +226,7 @@ class Generations:
                     generation.logprobs.append(logprobs[seq_id])
                 watch = generation.watch
                 if watch is not None and token not in generation.stop_token_ids and watch.push(token):
-                    cut.append((seq_id, len(generation.output_ids)))
+                    cut.append((generation, len(generation.output_ids)))
                     done.append((generation, self._answer(generation, "stop", watch.text, watch.num_kept)))
                     self._remove(generation)
             self.num_computed_tokens += frame.num_scheduled_tokens
@@ -236,8 +248,7 @@ class Generations:
             for generation, outcome in done:
                 if generation.key is not None and isinstance(outcome, Answer):
                     self._uncommitted[generation.key] = outcome
-        if cut:
-            self._send(Intake(finish=cut))
+        self._end_in_engines(cut)
         for generation, outcome in done:
             self._on_done(generation, outcome)
 
@@ -247,23 +258,26 @@ class Generations:
             for key in keys:
                 self._uncommitted.pop(key, None)
 
-    def resend(self, connect: Callable[[], None]) -> None:
-        """Tell a new engine everything; outputs start again, and come out the same where they are repeatable.
+    def resend(self, connect: Callable[[], None], engine: int = 0) -> None:
+        """Tell a new engine all that its predecessor owed; outputs start again, the same where they are repeatable.
 
         `connect` opens the way to it under the lock, so that no Sequence is sent twice.
         """
         with self._lock:
             connect()
-            for generation in self._live.values():
+            self._down.discard(engine)
+            owed = [generation for generation in self._live.values() if generation.engine == engine]
+            for generation in owed:
                 generation.start_over(self._tokenizer)
-            if self._live:
-                self._send(intake_of(self._live.values()))
+            if owed:
+                self._send(engine, intake_of(owed))
 
-    def on_engine_death(self) -> None:
-        """Count the death; what has been part of too many ends as a failure."""
+    def on_engine_death(self, engine: int = 0) -> None:
+        """Count the death; what has been part of too many ends as a failure. New work goes to others meanwhile."""
         failed: list[Generation] = []
         with self._lock:
-            for generation in list(self._live.values()):
+            self._down.add(engine)
+            for generation in [g for g in self._live.values() if g.engine == engine]:
                 generation.num_deaths += 1
                 if generation.num_deaths >= _MAX_DEATHS:
                     failed.append(generation)
@@ -274,15 +288,22 @@ class Generations:
 
     def abandon(self, chunk: "OpenChunk") -> None:
         """The Chunk is no longer ours: generations that nobody else waits for are cancelled."""
-        cancelled: list[tuple[int, int]] = []
+        cancelled: list[tuple[Generation, int]] = []
         with self._lock:
             for generation in list(self._live.values()):
                 generation.waiters = [w for w in generation.waiters if w.chunk is not chunk]
                 if not generation.waiters:
-                    cancelled.append((generation.seq_id, 0))
+                    cancelled.append((generation, 0))
                     self._remove(generation)
-        if cancelled:
-            self._send(Intake(finish=cancelled))
+        self._end_in_engines(cancelled)
+
+    def _end_in_engines(self, ended: list[tuple[Generation, int]]) -> None:
+        """Each with the number of output tokens to keep."""
+        by_engine: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for generation, num_kept in ended:
+            by_engine[generation.engine].append((generation.seq_id, num_kept))
+        for engine, finish in by_engine.items():
+            self._send(engine, Intake(finish=finish))
 
     def _answer(self, generation: Generation, reason: str, text: str, num_shown: int) -> Answer:
         """`num_shown` output tokens are those of the text."""
@@ -304,5 +325,6 @@ class Generations:
     def _remove(self, generation: Generation) -> None:
         del self._live[generation.seq_id]
         self.num_tokens -= generation.num_tokens
+        self._loads[generation.engine] -= generation.num_tokens
         if generation.key is not None:
             del self._by_key[generation.key]

@@ -23,11 +23,16 @@ class Harness:
         self.tokenizer = Tokenizer(folder)
         self.eos = cast("int", self.tokenizer.eos_token_id)
         self.sent: list[Intake] = []
+        self.sent_to: list[int] = []
         self.done: list[tuple[Generation, Answer | Failure]] = []
         self.generations = Generations(
-            self.tokenizer, (self.eos,), self.sent.append, lambda g, outcome: self.done.append((g, outcome))
+            self.tokenizer, (self.eos,), self._send, lambda g, outcome: self.done.append((g, outcome))
         )
         self.chunk = cast("OpenChunk", object())
+
+    def _send(self, engine: int, intake: Intake) -> None:
+        self.sent.append(intake)
+        self.sent_to.append(engine)
 
     def ids(self, text: str) -> list[int]:
         (ids,) = self.tokenizer.encode([Request(line=1, prompt=text)])
@@ -291,3 +296,38 @@ def test_samples_of_one_request_send_their_prompt_once_and_again_to_a_new_engine
         msgspec.structs.replace(second, token_ids=first.token_ids, sample_of=None),
         msgspec.structs.replace(third, sample_of=second.seq_id),
     ]
+
+
+def test_work_goes_to_the_engine_that_owes_least_and_comes_back_to_it_after_its_death(harness: Harness) -> None:
+    generations = harness.generations
+    generations.num_engines = 2
+    generations.add([(harness.piece(None), [5] * 40)], 100)
+    generations.add([(harness.piece(None), [6] * 5)], 100)
+    generations.add([(harness.piece(None), [7] * 5)], 100)
+    assert harness.sent_to == [0, 1, 1]
+
+    generations.on_engine_death(1)
+    generations.add([(harness.piece(None), [8] * 90)], 100)
+    assert harness.sent_to == [0, 1, 1, 0]
+    generations.resend(lambda: None, 1)
+
+    assert harness.sent_to[4:] == [1]
+    again = [harness.sent[1].add[0], harness.sent[2].add[0]]
+    assert harness.sent[4].add == again
+    generations.add([(harness.piece(None), [9])], 100)
+    assert harness.sent_to[5:] == [1]
+
+
+def test_samples_of_a_prompt_go_to_one_engine_and_cancels_follow_their_work(harness: Harness) -> None:
+    generations = harness.generations
+    generations.num_engines = 2
+    shared, other = [5] * 10, [6] * 10
+    chunk = cast("OpenChunk", object())
+    pieces = [(harness.piece(None, chunk), prompt) for prompt in (shared, other, shared, shared)]
+    generations.add([(piece, prompt) for piece, prompt in pieces], 100)
+    assert harness.sent_to == [0, 1]
+    assert [len(intake.add) for intake in harness.sent] == [3, 1]
+
+    generations.abandon(chunk)
+
+    assert sorted(zip(harness.sent_to[2:], (len(i.finish) for i in harness.sent[2:]), strict=True)) == [(0, 3), (1, 1)]

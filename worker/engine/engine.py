@@ -38,6 +38,7 @@ class Engine:
     def __init__(self, loaded: LoadedModel, settings: EngineSettings, model_fingerprint: str = "") -> None:
         _check(settings)
         self.loaded = loaded
+        self._spreads = settings.device == "auto"
         self.fingerprint = model_fingerprint
         self.lookahead = settings.lookahead
         if self.lookahead is None:
@@ -102,6 +103,7 @@ class Engine:
                 "transformers": transformers.__version__,
             },
             layout=self.loaded.layout,
+            num_devices=torch.cuda.device_count() if self._spreads and self.loaded.device.type == "cuda" else 1,
             vocab_size=self.loaded.vocab_size,
         )
 
