@@ -199,6 +199,19 @@ def test_min_tokens_lets_an_early_stop_string_pass(harness: Harness) -> None:
     assert answer.text == " queue holds the "
 
 
+def test_each_sample_of_a_request_is_cut_at_its_own_stop_string(harness: Harness) -> None:
+    prompt, chunk = harness.ids("the"), harness.chunk
+    params = resolve(SamplingParams(stop=("ds the",), n=2, temperature=1.0), max_tokens=16)
+    request = Request(line=1, prompt="the")
+    harness.generations.add([(Piece(chunk, request, params, sample, None), prompt) for sample in range(2)], 100)
+    first, second = harness.sent[0].add
+    assert (first.sample, second.sample, second.sample_of) == (0, 1, first.seq_id)
+    for one, other in zip(harness.ids(" queue holds the queue"), harness.ids(" worker queue holds the"), strict=True):
+        harness.step((first.seq_id, one), (second.seq_id, other))
+    texts = {g.sample: outcome.text for g, outcome in harness.done if isinstance(outcome, Answer)}
+    assert texts == {0: " queue hol", 1: " worker queue hol"}
+
+
 def pieces(generation_id: int, logprob: float, *top: tuple[int, float]) -> list[tuple[int, bytes]]:
     ids = np.array([token for token, _ in top], dtype="<i4").tobytes()
     values = np.array([value for _, value in top], dtype="<f4").tobytes()
