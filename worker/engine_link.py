@@ -112,8 +112,8 @@ class EngineLink:
         if isinstance(frame, EngineReady):
             ours.settimeout(None)
             logger.info(
-                "engine ready: pid %d, %s, %s, attention %s, context %d tokens, KV cache %d tokens",
-                self.pid, frame.device, frame.dtype, frame.attention_backend, frame.max_model_len,
+                "engine ready: pid %d, %s, %s, layout %s, attention %s, context %d tokens, KV cache %d tokens",
+                self.pid, frame.device, frame.dtype, frame.layout, frame.attention_backend, frame.max_model_len,
                 frame.kv_tokens,
             )  # fmt: skip
             return frame
