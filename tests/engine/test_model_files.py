@@ -62,6 +62,15 @@ def test_folder_without_weights_is_refused_by_name(tmp_path: Path) -> None:
     assert str(tmp_path) in str(caught.value)
 
 
+def test_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index = json.dumps({"weight_map": shards})
+    folder = make_folder(tmp_path, **{shards["a"]: "weights", "model.safetensors.index.json": index})
+
+    with pytest.raises(ConfigurationError, match=r"has no model-00002-of-00002\.safetensors, one of 1 missing"):
+        resolve_folder(str(folder))
+
+
 def test_path_that_is_not_there_is_refused_without_asking_the_hub(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no such folder"):
         resolve_folder(str(tmp_path / "a" / "b"))

@@ -3,11 +3,15 @@ Celery side needs the folder and the fingerprint too.
 """
 
 import hashlib
+import json
+import logging
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from protocol.errors import ConfigurationError
+
+log = logging.getLogger("millrace.engine")
 
 #: Part of the fingerprint: raised whenever the engine's arithmetic changes, so that stored answers are not reused.
 ENGINE_VERSION = "1"
@@ -81,7 +85,7 @@ def _download(name: str, revision: str | None) -> Path:
 
     patterns = [*ANSWER_FILES, "generation_config.json"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ConfigurationError(
@@ -89,6 +93,8 @@ def _download(name: str, revision: str | None) -> Path:
             f"not give a model of that name{at} ({type(error).__name__}): check the spelling, the network and, for a "
             "gated model, HF_TOKEN, or give the path of a folder with config.json and *.safetensors"
         ) from error
+    log.info("model %s at commit %s of the hub%s", name, folder.name, "" if revision else "; no revision is pinned")
+    return folder
 
 
 def _check(folder: Path, model: str) -> None:
@@ -98,6 +104,20 @@ def _check(folder: Path, model: str) -> None:
             f"engine.model={model!r}: {folder} has no {' and no '.join(missing)}. Weights are read from safetensors "
             "files alone; save the model with save_pretrained(), which writes both"
         )
+    for index in folder.glob("*.safetensors.index.json"):
+        absent = sorted(name for name in _shards(index) if not (folder / name).is_file())
+        if absent:
+            raise ConfigurationError(
+                f"engine.model={model!r}: {folder} has no {absent[0]}, one of {len(absent)} missing files that "
+                f"{index.name} names: copy or download the model again"
+            )
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigurationError(f"{index} is no index of safetensors files: {type(error).__name__}") from error
 
 
 def _file_digest(path: Path) -> str:
