@@ -30,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", required=True, help="EngineSettings as JSON")
     arguments = parser.parse_args(argv)
 
-    # Ctrl-C reaches the whole process group, but when the engine ends is the parent's decision.
+    # Ctrl-C, and a service manager's SIGTERM, reach the whole process group; when the engine ends is the parent's
+    # decision, which it tells by closing the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     sock = socket.socket(fileno=arguments.fd)
     intakes: queue.SimpleQueue[Intake] = queue.SimpleQueue()
