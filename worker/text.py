@@ -24,6 +24,12 @@ class Tokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+        # Without any file of a tokenizer transformers makes one that knows no text at all.
+        if not self._tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ConfigurationError(
+                f"{folder} has no tokenizer that can be loaded: it needs tokenizer.json, or tokenizer.model, or "
+                "vocab.json with merges.txt, as the model was published with"
+            )
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         bos_token_id: int | None = self._tokenizer.bos_token_id
         #: Stands before a text that is scored from its first token on.
