@@ -4,6 +4,7 @@ One thread takes Chunks in, from queue messages or straight from SQL, as long as
 leases; the committer and the engine link have their own.
 """
 
+import itertools
 import logging
 import os
 import queue
@@ -39,6 +40,10 @@ _RETRY_S = 1.0
 #: Without a setting the intake holds what fills the KV cache this many times, and always this many full batches.
 _INTAKE_KV_CACHES = 2
 _INTAKE_BATCHES = 2
+#: Rows waiting to be committed at which nothing more is taken in: known answers pass no engine that would slow them.
+_MAX_BACKLOG = 8192
+#: Attempts at a Chunk after which what cannot be prepared is our bug and no passing trouble.
+_MAX_ATTEMPTS = 5
 
 
 class ChunkService:
@@ -61,7 +66,7 @@ class ChunkService:
         self._committer = Committer(
             self._ledger,
             self._cache,
-            on_committed=lambda keys: self._generations.committed(keys),
+            on_committed=self._committed,
             on_finished=self._finish,
             on_lost=self._drop,
         )
@@ -79,9 +84,10 @@ class ChunkService:
         self._open_lock = threading.Lock()
         self._is_stopping = threading.Event()
         self._has_room = threading.Event()
+        self._on_fatal = on_fatal
         self._threads = [
-            threading.Thread(target=self._take_in, name="intake", daemon=True),
-            threading.Thread(target=self._renew, name="renewal", daemon=True),
+            threading.Thread(target=self._guarded, args=(self._take_in,), name="intake", daemon=True),
+            threading.Thread(target=self._guarded, args=(self._renew,), name="renewal", daemon=True),
         ]
 
     def start(self) -> None:
@@ -96,6 +102,7 @@ class ChunkService:
             ready = self._engines.start()
             self.engine, self._num_engines = ready[0], len(ready)
             self._generations.num_engines = len(ready)
+            self._generations.max_aboard = self.engine.max_num_seqs
         except BaseException:
             self._engines.stop()
             raise
@@ -142,6 +149,8 @@ class ChunkService:
     @property
     def has_credit(self) -> bool:
         """Whether another Chunk could start soon: counted in tokens, and never less than some full batches."""
+        if self._committer.backlog > _MAX_BACKLOG:
+            return False
         full_batches = _INTAKE_BATCHES * self.engine.max_num_seqs * self._num_engines
         is_short_of_batches = self._generations.num_live < full_batches
         return is_short_of_batches or self._generations.num_tokens < self._intake_tokens
@@ -170,6 +179,14 @@ class ChunkService:
             "prefix_hit_tokens": self._generations.num_prefix_hit_tokens,
             "preemptions": self._generations.num_preemptions,
         }
+
+    def _guarded(self, body: Callable[[], None]) -> None:
+        """A dead thread must not leave a worker that looks alive and does nothing."""
+        try:
+            body()
+        except Exception:
+            logger.exception("the thread %s broke", threading.current_thread().name)
+            self._on_fatal(f"the worker's thread {threading.current_thread().name} broke; see the traceback above")
 
     def _take_in(self) -> None:
         next_look = 0.0
@@ -230,9 +247,26 @@ class ChunkService:
             logger.warning("chunk %d is given up until its lease expires: %s", lease.chunk_id, error)
             self._drop(chunk)
         except Exception:
-            logger.exception("chunk %d could not be prepared", lease.chunk_id)
+            logger.exception("chunk %d could not be prepared (attempt %d)", lease.chunk_id, lease.attempt)
             self._drop(chunk)
+            if lease.attempt >= _MAX_ATTEMPTS:
+                self._fail(lease)
         self._on_credit()
+
+    def _fail(self, lease: Lease) -> None:
+        """What is left of the Chunk ends as errors, so that its Job can end."""
+        chunk = OpenChunk(lease, None)
+        with self._open_lock:
+            self._open[lease.chunk_id] = chunk
+        failure = Failure("internal_error", f"the worker failed at this {_MAX_ATTEMPTS} times; its log says why")
+        chunk.num_owed = len(lease.requests)
+        for request in lease.requests:
+            sample = next(i for i in itertools.count() if (request.line, i) not in lease.done)
+            self._committer.put(chunk, failed(request, failure, None, sample, chunk))
+
+    def _committed(self, keys: Iterable[bytes]) -> None:
+        self._generations.committed(keys)
+        self._has_room.set()
 
     def _settle(self, generation: Generation, outcome: Answer | Failure) -> None:
         """One generation is finished: a Result for everyone who waits for it."""
@@ -243,8 +277,9 @@ class ChunkService:
                 )
             else:
                 # The first to ask is the one it was computed for; only its row brings the new answer along.
+                is_new = i == 0 and generation.is_kept(outcome)
                 result = answered(piece, outcome, is_cached=i > 0)
-                self._committer.put(piece.chunk, result, generation.key if i == 0 else None)
+                self._committer.put(piece.chunk, result, generation.key if is_new else None)
         self._has_room.set()
         self._on_credit()
 

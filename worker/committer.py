@@ -58,6 +58,11 @@ class Committer:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def backlog(self) -> int:
+        """Rows not yet taken up."""
+        return self._rows.qsize()
+
     def put(self, chunk: OpenChunk, result: Result, key: bytes | None = None) -> None:
         """`key` says that the Result's answer was computed just now and is to be kept."""
         self._rows.put(_Row(chunk, result, key, result.answer if key is not None else None))

@@ -129,6 +129,14 @@ class EngineLink:
         return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def _run(self) -> None:
+        try:
+            self._keep_running()
+        except Exception:
+            # Without this thread nobody would read what the engine says, nor see it die.
+            logger.exception("the thread that listens to the engine broke")
+            self._on_fatal("the thread that listens to the engine broke; see the traceback above")
+
+    def _keep_running(self) -> None:
         num_failed = 0
         while True:
             num_failed = 0 if self._read_until_end() else num_failed + 1

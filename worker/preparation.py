@@ -138,7 +138,8 @@ class Preparation:
             "prompt_too_long",
             f"the prompt has {num_tokens} tokens; this engine holds {limit} of prompt and answer together, so at most "
             f"{limit - 1} of prompt. Shorten the prompt, or serve the model with a larger "
-            "MILLRACE_ENGINE_MAX_MODEL_LEN or MILLRACE_ENGINE_KV_TOKENS where its configuration allows it",
+            "MILLRACE_ENGINE_MAX_MODEL_LEN or MILLRACE_ENGINE_KV_TOKENS where its configuration allows it and run the "
+            "same with --retry-errors",
         )
 
 
