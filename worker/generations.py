@@ -19,6 +19,7 @@ from protocol.frames import Intake, LogitTerms, NewSequence, StepFrame
 from protocol.logprobs import pack_logprobs
 from protocol.requests import Answer, Failure, Request
 from protocol.sampling import ResolvedParams
+from worker.quarantine import MAX_DEATHS, Quarantine
 from worker.scoring import ScoredPrompt, ScoreParts
 from worker.text import StopWatch, Tokenizer
 
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
     from worker.open_chunk import OpenChunk
 
 logger = logging.getLogger("millrace.worker")
-
-#: Engine deaths a generation may be part of. The engine falls with everything that runs in it, so one death says
-#: little; three with the same generation aboard make it a suspect that must not take the others down for ever.
-_MAX_DEATHS = 3
-
 
 _NO_TERMS = LogitTerms()
 
@@ -63,12 +59,15 @@ class Generation:
     logprobs: list[bytes] = field(default_factory=list)  # as in StepFrame, one per output token when asked for
     watch: StopWatch | None = None
     score: ScoreParts | None = None  # of the prompt, when asked for
-    num_deaths: int = 0
     engine: int = 0  # its number
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + self.max_tokens
+
+    def is_kept(self, answer: Answer) -> bool:
+        """Whether the answer is one for everybody: not if this engine's context cut it short of what was asked for."""
+        return answer.finish_reason == "stop" or self.max_tokens == self.params.max_tokens
 
     def start_over(self, tokenizer: Tokenizer) -> None:
         """Before the first token, also of a new engine."""
@@ -138,6 +137,8 @@ class Generations:
         self._next_seq_id = 1
         self._loads: Counter[int] = Counter()  # tokens, as in num_tokens, by engine
         self._down: set[int] = set()  # engines that have died and are not back
+        self.max_aboard = 1  # Sequences that an engine runs at once
+        self._quarantines: defaultdict[int, Quarantine] = defaultdict(lambda: Quarantine(self.max_aboard))
         self.num_engines = 1
         self.num_tokens = 0  # promised to the engines and not finished: prompts and the outputs they may have
         # What engines have reported in all.
@@ -181,7 +182,11 @@ class Generations:
                 if piece.key is not None:
                     self._by_key[piece.key] = generation
             for engine, theirs in added.items():
-                self._send(engine, intake_of(theirs))
+                self._tell(engine, self._quarantines[engine].add(generation.seq_id for generation in theirs))
+
+    def _tell(self, engine: int, seq_ids: list[int]) -> None:
+        if seq_ids:
+            self._send(engine, intake_of(self._live[seq_id] for seq_id in seq_ids))
 
     def _least_loaded(self) -> int:
         """The engine with the fewest outstanding tokens; one that is down only when all are."""
@@ -246,7 +251,7 @@ class Generations:
                     done.append((generation, Failure("engine_refused", message)))
                     self._remove(generation)
             for generation, outcome in done:
-                if generation.key is not None and isinstance(outcome, Answer):
+                if generation.key is not None and isinstance(outcome, Answer) and generation.is_kept(outcome):
                     self._uncommitted[generation.key] = outcome
         self._end_in_engines(cut)
         for generation, outcome in done:
@@ -266,25 +271,27 @@ class Generations:
         with self._lock:
             connect()
             self._down.discard(engine)
-            owed = [generation for generation in self._live.values() if generation.engine == engine]
-            for generation in owed:
-                generation.start_over(self._tokenizer)
-            if owed:
-                self._send(engine, intake_of(owed))
+            for generation in self._live.values():
+                if generation.engine == engine:
+                    generation.start_over(self._tokenizer)
+            self._tell(engine, self._quarantines[engine].restart())
 
     def on_engine_death(self, engine: int = 0) -> None:
-        """Count the death; what has been part of too many ends as a failure. New work goes to others meanwhile."""
-        failed: list[Generation] = []
+        """Find out who may be to blame; one that is ends as a failure. New work goes to other engines meanwhile."""
+        guilty: Generation | None = None
         with self._lock:
             self._down.add(engine)
-            for generation in [g for g in self._live.values() if g.engine == engine]:
-                generation.num_deaths += 1
-                if generation.num_deaths >= _MAX_DEATHS:
-                    failed.append(generation)
-                    self._remove(generation)
-        for generation in failed:
-            message = f"the engine died {_MAX_DEATHS} times while this Request was running in it"
-            self._on_done(generation, Failure("engine_died", message))
+            started = {g.seq_id for g in self._live.values() if g.engine == engine and g.output_ids}
+            seq_id = self._quarantines[engine].on_death(started)
+            if seq_id is not None:
+                guilty = self._live[seq_id]
+                self._forget(guilty)
+                self._quarantines[engine].remove([seq_id])
+        if guilty is not None:
+            message = (
+                f"the engine died {MAX_DEATHS} times or more with this Request in it, the last time with nothing else"
+            )
+            self._on_done(guilty, Failure("engine_died", message))
 
     def abandon(self, chunk: "OpenChunk") -> None:
         """The Chunk is no longer ours: generations that nobody else waits for are cancelled."""
@@ -323,6 +330,11 @@ class Generations:
         )
 
     def _remove(self, generation: Generation) -> None:
+        """Ended while its engine lives, which may now have the next ones."""
+        self._forget(generation)
+        self._tell(generation.engine, self._quarantines[generation.engine].remove([generation.seq_id]))
+
+    def _forget(self, generation: Generation) -> None:
         del self._live[generation.seq_id]
         self.num_tokens -= generation.num_tokens
         self._loads[generation.engine] -= generation.num_tokens

@@ -121,15 +121,28 @@ def test_a_new_engine_is_told_everything_again_and_outputs_start_over(harness: H
     assert answer.completion_tokens == 1
 
 
-def test_a_generation_aboard_three_engine_deaths_fails_and_is_not_sent_again(harness: Harness) -> None:
-    harness.generations.add([(harness.piece(b"k"), [5])], 100)
+def test_what_the_engine_dies_of_even_alone_fails_and_the_rest_is_sent_again(harness: Harness) -> None:
+    harness.generations.max_aboard = 2
+    harness.generations.add([(harness.piece(b"bad"), [5]), (harness.piece(b"good"), [6])], 100)
+    bad, good = harness.sent[0].add
     for _ in range(3):
         harness.generations.on_engine_death()
-    ((_, failure),) = harness.done
-    assert isinstance(failure, Failure)
-    assert failure.code == "engine_died"
-    harness.generations.resend(lambda: None)
-    assert len(harness.sent) == 1
+        harness.generations.resend(lambda: None)
+    ((generation, failure),) = harness.done
+    assert (generation.key, isinstance(failure, Failure) and failure.code) == (b"bad", "engine_died")
+    assert [intake.add for intake in harness.sent[1:]] == [[bad, good], [bad], [good]]
+
+
+def test_an_answer_that_the_context_cut_short_is_nobody_elses(harness: Harness) -> None:
+    harness.generations.add([(harness.piece(b"k", max_tokens=500), [5] * 98)], 100)
+    (sequence,) = harness.sent[0].add
+    assert sequence.max_tokens == 2
+    harness.step((sequence.seq_id, 9))
+    harness.step((sequence.seq_id, 9), finished=[(sequence.seq_id, "length", 2)])
+    ((generation, answer),) = harness.done
+    assert isinstance(answer, Answer)
+    assert not generation.is_kept(answer)
+    assert harness.generations.join(harness.piece(b"k", max_tokens=500)) is False
 
 
 def test_abandoning_a_chunk_cancels_only_what_nobody_else_waits_for(harness: Harness) -> None:
