@@ -2,21 +2,22 @@
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import msgspec
-from sqlalchemy import Connection, Select, case, exists, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, case, delete, exists, func, insert, select, update
 
 from protocol.errors import JobNotFound, SubmissionConflict
 from protocol.requests import Request, Result, pack_requests
 from protocol.sampling import SamplingParams
 from storage.clock import now
 from storage.insertion import insert_new
+from storage.leases import lock_chunks
 from storage.ledger import Ledger
 from storage.results import COUNTERS, count, insert_results, to_row
-from storage.tables import chunk_requests, chunks, is_leased, is_unfinished, is_waiting, jobs
+from storage.tables import chunk_requests, chunks, is_leased, is_unfinished, is_waiting, jobs, results
 
 JobState = Literal["submitting", "running", "finished", "cancelled"]
 
@@ -25,6 +26,8 @@ _MIN_PREFIX = 4
 _ID_PREFIX = re.compile(f"[0-9a-f]{{{_MIN_PREFIX},16}}")
 #: Chunk ids read at a time for re-publishing.
 _PAGE = 1000
+#: Chunks whose errors are taken back in one transaction, which meanwhile keeps the Job's producer waiting.
+_REOPENED = 100
 
 _decode_params = msgspec.json.Decoder(SamplingParams).decode
 
@@ -224,9 +227,35 @@ def close_job_if_done(ledger: Ledger, job_id: str) -> bool:
     time neither would see the other's on PostgreSQL, and the Job would stay open. Raises DatabaseUnavailable.
     """
     is_open = exists().where(chunks.c.job_id == job_id, is_unfinished)
-    done = update(jobs).where(jobs.c.id == job_id, jobs.c.state == "running", ~is_open)
-    closed = done.values(state="finished", ended_at=now())
-    return ledger.write(lambda connection: connection.execute(closed).rowcount == 1)
+    is_done = (jobs.c.id == job_id) & (jobs.c.state == "running") & ~is_open
+    # Looked at again under the lock: somebody may just have reopened a Chunk.
+    locked = select(jobs.c.id).where(is_done).with_for_update(key_share=True)
+    closed = update(jobs).where(is_done).values(state="finished", ended_at=now())
+
+    def work(connection: Connection) -> bool:
+        return connection.execute(locked).first() is not None and connection.execute(closed).rowcount == 1
+
+    return ledger.write(work)
+
+
+def reopen_errors(ledger: Ledger, job_id: str, codes: Collection[str]) -> int:
+    """Take back the errors with these codes, so that their Requests are done again; returns how many Results that was.
+
+    Chunks that get work to do wait again, and their finished Job runs again. Left as they are: lines refused at
+    intake, of which there is no Request; Chunks that are leased, whose owner would not notice, until they are given
+    back or finished and this is called again; cancelled Jobs. Many Chunks take several transactions: after an error
+    call it again. Raises JobNotFound and DatabaseUnavailable.
+    """
+    failed = select(chunks.c.id, chunks.c.first_line, chunks.c.last_line).order_by(chunks.c.first_line)
+    failed = failed.where(chunks.c.job_id == job_id, chunks.c.num_error > 0).limit(_REOPENED)
+    ledger.read(lambda connection: _job_by_id(connection, job_id))
+    num_reopened = position = 0
+    while True:
+        page = ledger.read(partial(_rows, failed.where(chunks.c.first_line > position)))
+        num_reopened += _reopen(ledger, job_id, page, codes)
+        if len(page) < _REOPENED:
+            return num_reopened
+        position = page[-1].first_line
 
 
 def cancel_job(ledger: Ledger, job_id: str) -> bool:
@@ -246,6 +275,43 @@ def cancel_job(ledger: Ledger, job_id: str) -> bool:
         return True
 
     return ledger.write(work)
+
+
+def _reopen(ledger: Ledger, job_id: str, page: Sequence[Row[Any]], codes: Collection[str]) -> int:
+    # The Job first, then its Chunks, as when it is cancelled. Attempt 0 is the intake's.
+    locked = select(jobs.c.state).where(jobs.c.id == job_id).with_for_update(key_share=True)
+    spans = {row.id: results.c.line.between(row.first_line, row.last_line) for row in page}
+    taken_back = delete(results).where(
+        results.c.job_id == job_id, results.c.error_code.in_(codes), results.c.attempt > 0
+    )
+    waiting = {"state": "waiting", "owner": None, "leased_until": None}
+    reopened = update(jobs).where(jobs.c.id == job_id, jobs.c.state == "finished")
+    most = 0
+
+    def work(connection: Connection) -> int:
+        nonlocal most
+        if connection.execute(locked).scalar_one() == "cancelled":
+            return 0
+        total = 0
+        for chunk_id, held in lock_chunks(connection, spans).items():
+            if held.state == "leased":
+                continue
+            num_rows = connection.execute(taken_back.where(spans[chunk_id])).rowcount
+            if num_rows:
+                changed = update(chunks).where(chunks.c.id == chunk_id)
+                connection.execute(changed.values(num_error=chunks.c.num_error - num_rows, **waiting))
+            total += num_rows
+        if total:
+            connection.execute(reopened.values(state="running", ended_at=None))
+        # An earlier try may have landed without our hearing of it: then nothing is left for this one.
+        most = max(most, total)
+        return most
+
+    return ledger.write(work) if page else 0
+
+
+def _rows(statement: Select[*tuple[Any, ...]], connection: Connection) -> Sequence[Row[Any]]:
+    return connection.execute(statement).all()
 
 
 def _scalars(statement: Select[int], connection: Connection) -> list[int]:

@@ -44,7 +44,14 @@ def answered(line: int, sample: int = 0, *, text: str = "an answer", is_cached: 
 
 
 def failed(line: int, sample: int = 0) -> Result:
+    """Refused before its parameters were resolved: no other sample of the Request gets a Result."""
     return Result(line=line, sample=sample, failure=Failure("too_long", "5000 tokens are more than 4096"))
+
+
+def died(line: int, sample: int = 0) -> Result:
+    """Failed as one sample of several."""
+    failure = Failure("engine_died", "the engine process ended three times")
+    return Result(line=line, sample=sample, failure=failure, params=PARAMS)
 
 
 def expire(ledger: Ledger, chunk_id: int) -> None:

@@ -18,11 +18,11 @@ from hypothesis.stateful import (
 )
 
 from protocol.requests import Request, Result
-from storage.jobs import append_chunk, cancel_job
+from storage.jobs import append_chunk, cancel_job, reopen_errors
 from storage.leases import Lease, claim, claim_oldest, release, renew
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit, count, read_results
-from tests.storage.samples import answered, chunk_row, expire, failed, new_job
+from tests.storage.samples import answered, chunk_row, died, expire, failed, new_job
 
 _NUM_SAMPLES = 2
 _OWNERS = st.sampled_from(["worker-1", "worker-2"])
@@ -45,11 +45,9 @@ class _Chunk:
     rows: dict[tuple[int, int], Result] = field(default_factory=dict)
 
     def left(self) -> tuple[list[int], set[tuple[int, int]]]:
-        failed_lines = {line for (line, _), row in self.rows.items() if row.failure}
+        refused = {line for (line, _), row in self.rows.items() if row.failure and row.params is None}
         lines = [
-            line
-            for line in self.lines
-            if line not in failed_lines and sum(at == line for at, _ in self.rows) < _NUM_SAMPLES
+            line for line in self.lines if line not in refused and sum(at == line for at, _ in self.rows) < _NUM_SAMPLES
         ]
         return lines, {key for key in self.rows if key[0] in lines}
 
@@ -135,7 +133,7 @@ class _LeaseMachine(RuleBasedStateMachine):
         for lease in group:
             lines = st.sampled_from(self._chunk(lease).lines)
             keys = data.draw(st.lists(st.tuples(lines, st.integers(0, _NUM_SAMPLES - 1)), max_size=4))
-            made = [data.draw(st.sampled_from([self._answered, self._cached, failed]))(*key) for key in keys]
+            made = [data.draw(st.sampled_from([self._answered, self._cached, failed, died]))(*key) for key in keys]
             # The last of a lease's commits in a group is the one that may finish it.
             is_last = not any(other is lease for other in group[len(self.last) + 1 :])
             self.last.append(ChunkCommit(lease, made, is_finished=is_last and data.draw(st.booleans())))
@@ -144,6 +142,18 @@ class _LeaseMachine(RuleBasedStateMachine):
     @rule()
     def commit_again(self) -> None:
         self._commit()
+
+    @rule(codes=st.sets(st.sampled_from(["too_long", "engine_died"]), min_size=1))
+    def reopen_errors(self, codes: set[str]) -> None:
+        num_reopened = 0
+        for chunk in self.chunks:
+            errors = [key for key, row in chunk.rows.items() if row.failure and row.failure.code in codes]
+            if errors and chunk.state in ("waiting", "finished"):
+                chunk.state, chunk.owner = "waiting", None
+                num_reopened += len(errors)
+                for key in errors:
+                    del chunk.rows[key]
+        assert reopen_errors(self.ledger, self.job.id, codes) == num_reopened
 
     @rule()
     def cancel(self) -> None:
