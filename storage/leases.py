@@ -4,6 +4,7 @@ A lease whose time has passed is still its owner's until somebody else claims th
 """
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -25,6 +26,15 @@ from storage.tables import chunk_requests, chunks, is_leased, is_waiting, jobs, 
 _MAX_IDS = 500
 
 _decode_params = msgspec.json.Decoder(SamplingParams).decode
+
+
+class _Resolved(msgspec.Struct):
+    """Of ResolvedParams what says how many Results a Request must have."""
+
+    n: int = 1
+
+
+_decode_resolved = lru_cache(maxsize=1024)(msgspec.json.Decoder(_Resolved).decode)
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -175,19 +185,24 @@ def _lease(connection: Connection, claimed: Update) -> Lease | None:
 def _left(
     connection: Connection, row: Any, job_params: SamplingParams, requests: list[Request]
 ) -> tuple[list[Request], frozenset[tuple[int, int]]]:
-    """The Requests without all their Results, and which of theirs are there. A failure ends its Request."""
+    """The Requests without all their Results, and which of theirs are there."""
     in_span = (results.c.job_id == row.job_id) & results.c.line.between(row.first_line, row.last_line)
-    stored = connection.execute(select(results.c.line, results.c.sample, results.c.error_code).where(in_span))
+    columns = (results.c.line, results.c.sample, results.c.error_code, results.c.params)
     samples: dict[int, set[int]] = {}
-    failed = set()
-    for line, sample, error_code in stored:
+    resolved: dict[int, int] = {}
+    refused = set()
+    for line, sample, error_code, params in connection.execute(select(*columns).where(in_span)):
         samples.setdefault(line, set()).add(sample)
-        if error_code is not None:
-            failed.add(line)
+        if params is not None:
+            resolved[line] = _decode_resolved(params).n
+        elif error_code is not None:
+            # It failed before anybody knew how many samples there are: this one row stands for all.
+            refused.add(line)
     left = []
     for request in requests:
-        num_samples = request.params.over(job_params).n or 1
-        if request.line not in failed and len(samples.get(request.line, ())) < num_samples:
+        # A number that neither the Request nor its Job states was the model's default.
+        num_samples = request.params.over(job_params).n or resolved.get(request.line, 1)
+        if request.line not in refused and len(samples.get(request.line, ())) < num_samples:
             left.append(request)
     return left, frozenset((request.line, sample) for request in left for sample in samples.get(request.line, ()))
 

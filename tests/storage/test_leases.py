@@ -5,11 +5,12 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import Connection, Engine, event, text, update
 
 from protocol.requests import Request
-from protocol.sampling import SamplingParams
+from protocol.sampling import SamplingParams, resolve
 from storage.clock import now
 from storage.jobs import append_chunk
 from storage.leases import claim, claim_oldest, release, release_all, release_owner, renew
@@ -21,6 +22,7 @@ from tests.storage.samples import (
     add_many_chunks,
     answered,
     chunk_row,
+    died,
     expire,
     failed,
     new_chunk,
@@ -91,6 +93,23 @@ def test_a_request_with_its_own_number_of_samples_is_done_with_that_many(ledger:
 
     assert [request.line for request in lease.requests] == [2]
     assert lease.done == {(2, 0)}
+
+
+@pytest.mark.parametrize("of_job", [3, None])
+def test_a_request_one_of_whose_samples_failed_is_claimed_for_the_others(ledger: Ledger, of_job: int | None) -> None:
+    """The worker was killed between the commits of sample 0's failure and of the other samples'."""
+    job = new_job(ledger, n=of_job)
+    chunk_id = new_chunk(ledger, job, [1, 2])
+    resolved = resolve(SamplingParams(temperature=0, n=3), max_tokens=8)
+    # Without a number of their own, what earlier rows were written with says how many there must be.
+    first = [msgspec.structs.replace(row, params=resolved) for row in (died(1), *(died(2, i) for i in range(3)))]
+    commit(ledger, [ChunkCommit(new_lease(ledger, chunk_id), first, is_finished=False)])
+    expire(ledger, chunk_id)
+
+    lease = new_lease(ledger, chunk_id, "worker-2")
+
+    assert [request.line for request in lease.requests] == [1]
+    assert lease.done == {(1, 0)}
 
 
 def test_claim_oldest_takes_waiting_chunks_in_the_order_they_were_made(ledger: Ledger) -> None:
