@@ -34,8 +34,9 @@ class ChunkCommit(msgspec.Struct, frozen=True):
 def commit(ledger: Ledger, commits: Sequence[ChunkCommit]) -> set[int]:
     """Write Results, counters, answers and finished Chunks in one transaction.
 
-    Returns the ids of the Chunks whose lease was lost; nothing of theirs is written, everything else is. Committing
-    the same again, because the outcome of the first time is unknown, changes nothing. Raises DatabaseUnavailable.
+    Returns the ids of the Chunks whose lease was lost: of theirs the answers alone are written, which are true whoever
+    computed them, and which Results of other Chunks may have been taken from already. Committing the same again,
+    because the outcome of the first time is unknown, changes nothing. Raises DatabaseUnavailable.
     """
     return ledger.write(lambda connection: _commit(connection, commits)) if commits else set()
 
@@ -148,7 +149,7 @@ def _commit(connection: Connection, commits: Sequence[ChunkCommit]) -> set[int]:
     finished = [{"chunk": each.lease.chunk_id} for each in writable if each.is_finished]
     if finished:
         connection.execute(_FINISH, finished)
-    insert_answers(connection, {key: answer for each in writable for key, answer in each.answers.items()})
+    insert_answers(connection, {key: answer for each in commits for key, answer in each.answers.items()})
     return lost
 
 

@@ -167,7 +167,7 @@ def test_what_an_earlier_attempt_stored_stays(ledger: Ledger) -> None:
     assert sorted(map(tuple, attempts)) == [(1, 1), (2, 2)]
 
 
-def test_a_lost_lease_writes_nothing_while_the_rest_of_the_group_lands(ledger: Ledger) -> None:
+def test_a_lost_lease_writes_no_results_while_the_rest_of_the_group_lands(ledger: Ledger) -> None:
     job = new_job(ledger)
     kept, lost = new_chunk(ledger, job, [1, 2]), new_chunk(ledger, job, [3, 4])
     kept_lease, lost_lease = new_lease(ledger, kept), new_lease(ledger, lost)
@@ -183,8 +183,25 @@ def test_a_lost_lease_writes_nothing_while_the_rest_of_the_group_lands(ledger: L
     assert [result.line for result in read_results(ledger, job.id)] == [1]
     assert (chunk_row(ledger, kept).state, chunk_row(ledger, lost).state) == ("finished", "leased")
     assert _counters(ledger, lost) == (0, 0, 0, 0, 0, 0)
-    assert set(find_answers(ledger, [b"l" * 32, b"k" * 32])) == {b"k" * 32}
     assert commit(ledger, [ChunkCommit(taken, [answered(3)], is_finished=True)]) == set()
+
+
+def test_the_answers_of_a_lost_lease_are_kept(ledger: Ledger) -> None:
+    """Another Chunk's Result was stored as known on the strength of an answer that was then nowhere to be found."""
+    job = new_job(ledger)
+    lost, joined = new_chunk(ledger, job, [1]), new_chunk(ledger, job, [2])
+    lease, joined_lease = new_lease(ledger, lost), new_lease(ledger, joined)
+    expire(ledger, lost)
+    new_lease(ledger, lost, "worker-2")
+
+    group = [
+        ChunkCommit(lease, [answered(1)], is_finished=True, answers={b"k" * 32: _ANSWER}),
+        ChunkCommit(joined_lease, [answered(2, is_cached=True)], is_finished=True),
+    ]
+    assert commit(ledger, group) == {lost}
+
+    assert [result.line for result in read_results(ledger, job.id)] == [2]
+    assert find_answers(ledger, [b"k" * 32]) == {b"k" * 32: _ANSWER}
 
 
 def test_the_same_owner_is_fenced_from_its_own_earlier_attempt(ledger: Ledger) -> None:
