@@ -3,7 +3,7 @@
 A lease whose time has passed is still its owner's until somebody else claims the Chunk and so raises the attempt.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Update,
+    or_,
     select,
     update,
 )
@@ -67,13 +68,20 @@ def claim(ledger: Ledger, chunk_id: int, owner: str, lease_s: float) -> Lease | 
     return ledger.write(lambda connection: _lease(connection, claimed))
 
 
-def claim_oldest(ledger: Ledger, model: str, owner: str, lease_s: float, *, min_age_s: float) -> Lease | None:
+def claim_oldest(
+    ledger: Ledger, model: str, owner: str, lease_s: float, *, min_age_s: float, held: Collection[int] = ()
+) -> Lease | None:
     """Lease a Chunk of `model` without having been told of it; None when there is none.
+
+    `held` are the Chunks that `owner` believes to hold: their leases may have run out while it slept, and are for it
+    to renew. Its other leases it has given up, and may take again like anybody's.
 
     The lease that ran out first goes first: it was claimed before anything that still waits. Then comes the oldest
     waiting Chunk, if it was made at least `min_age_s` ago; a younger one's message is probably on its way.
     """
     expired = select(chunks.c.id).where(chunks.c.model == model, is_leased, chunks.c.leased_until <= now_once())
+    if held:
+        expired = expired.where(or_(chunks.c.owner != owner, chunks.c.id.not_in(list(held))))
     expired = expired.order_by(chunks.c.leased_until).limit(1).with_for_update(skip_locked=True)
     # The age is looked at outside of the LIMIT: inside, a burst of young Chunks would be walked from end to end.
     head = select(chunks.c.id, chunks.c.created_at).where(chunks.c.model == model, is_waiting)

@@ -147,6 +147,29 @@ def test_claim_oldest_takes_expired_leases_before_waiting_chunks(ledger: Ledger)
     assert [(lease.chunk_id, lease.attempt) if lease else None for lease in taken] == [(second, 2), (third, 1), None]
 
 
+def test_claim_oldest_takes_no_chunk_from_an_owner_that_has_just_woken_up_and_holds_it(ledger: Ledger) -> None:
+    """A worker was paused for longer than its leases, claimed its own Chunks anew and threw half-done work away."""
+    job = new_job(ledger)
+    held, given_up, lost = (new_chunk(ledger, job, [line]) for line in (1, 2, 3))
+    leases = [new_lease(ledger, chunk_id) for chunk_id in (held, given_up, lost)]
+    expire(ledger, lost)
+    new_lease(ledger, lost, "worker-2")
+    for chunk_id in (held, given_up, lost):
+        expire(ledger, chunk_id)
+
+    believed = {held, lost}
+    taken = [claim_oldest(ledger, MODEL, "worker-1", 60, min_age_s=0, held=believed) for _ in range(3)]
+
+    assert sorted(lease.chunk_id for lease in taken if lease) == [given_up, lost]
+    assert taken[2] is None
+    assert commit(ledger, [ChunkCommit(leases[0], [answered(1)], is_finished=False)]) == set()
+    # Anybody else may have it, until its owner renews it.
+    assert renew(ledger, "worker-1", {held: 1}, 60) == {held}
+    assert claim_oldest(ledger, MODEL, "worker-2", 60, min_age_s=0) is None
+    expire(ledger, held)
+    assert claim_oldest(ledger, MODEL, "worker-2", 60, min_age_s=0, held=[held]) is not None
+
+
 def test_claim_oldest_takes_chunks_of_its_model_alone(ledger: Ledger) -> None:
     new_chunk(ledger, new_job(ledger))
     assert claim_oldest(ledger, "another", "worker-1", 60, min_age_s=0) is None
