@@ -6,6 +6,7 @@ and unknown MILLRACE_* variables are errors, since a misspelt limit that is sile
 
 import ipaddress
 import os
+import re
 import socket
 import tomllib
 from collections.abc import Mapping
@@ -22,6 +23,36 @@ CONFIG_VARIABLE = "MILLRACE_CONFIG"
 DEFAULT_CONFIG_FILE = "millrace.toml"
 #: Set by a supervising parent for its own child, so it is no setting: the descriptor whose end-of-file means "stop".
 PARENT_FD_VARIABLE = "MILLRACE_PARENT_FD"
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+#: The least and the most of every number. The most is where the next one to hold it would break: a database's integer,
+#: a timer, or a message that no worker could finish within its lease.
+_LIMITS: dict[str, tuple[float, float]] = {
+    "num_engines": (1, 1024),
+    "chunk_requests": (1, 1_000_000),
+    "chunk_bytes": (1, 2**30),
+    "lease_seconds": (0.1, 86_400),
+    "intake_tokens": (1, 2**53),
+    "answers_ttl_seconds": (0.001, 10 * 366 * 86_400),
+    "answers_max_bytes": (0, 2**53),
+    "engine_start_seconds": (0.1, 7 * 86_400),
+    "engine.max_model_len": (2, 2**31 - 1),
+    "engine.kv_tokens": (1, 2**53),
+    "engine.memory_fraction": (0.01, 1),
+    "engine.max_batch_tokens": (1, 2**31 - 1),
+    "engine.max_num_seqs": (1, 2**31 - 1),
+    "engine.lookahead": (0, 1),
+    "engine.num_threads": (1, 65_536),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "log_level": LOG_LEVELS,
+    "engine.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "engine.layout": ("auto", "packed", "padded"),
+    "engine.attention": ("auto", "sdpa", "flash-attn-2"),
+}
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
+#: Transports of Celery that are a Redis: known answers and the bell's messages are kept in the same one.
+_BROKER_SCHEMES = ("redis", "rediss", "redis+socket")
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,8 +98,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def served_model(self) -> str:
         return self.model_name or self.engine.model.rstrip("/").rsplit("/", 1)[-1]
 
+    def check(self) -> None:
+        """Raises ConfigurationError naming the first setting whose value is out of range, and its limits."""
+        for name, (least, most) in _LIMITS.items():
+            value = self._value(name)
+            # Not a number is within no limits.
+            if value is not None and not least <= value <= most:
+                raise ConfigurationError(f"{name}={value} is out of range: it must be from {least:,} to {most:,}")
+        for name, choices in _CHOICES.items():
+            if self._value(name) not in choices:
+                raise ConfigurationError(f"{name}={self._value(name)!r} is unknown: it is one of {', '.join(choices)}")
+        if not _DEVICE.fullmatch(self.engine.device):
+            raise ConfigurationError(
+                f"engine.device={self.engine.device!r} is unknown: it is auto, cpu, cuda or cuda:N"
+            )
+        _check_broker(self.broker_url)
+
+    def _value(self, dotted: str) -> Any:
+        table, _, name = dotted.rpartition(".")
+        return getattr(self.engine if table else self, name)
+
     def check_topology(self) -> None:
-        """Raises ConfigurationError when SQLite would have to be shared with another machine."""
+        """`check`, and raises ConfigurationError when SQLite would have to be shared with another machine."""
+        self.check()
         if not self.database_url.startswith("sqlite"):
             return
         host = urlsplit(self.broker_url).hostname or "localhost"
@@ -84,7 +136,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
     """Defaults, then the TOML file, then MILLRACE_* variables, then `overrides` (dotted names for the engine's part).
 
-    Raises ConfigurationError for an unreadable file, an unknown name, or a value of the wrong type.
+    Raises ConfigurationError for an unreadable file, an unknown name, or a value of the wrong type or out of range.
     """
     environ = os.environ if environ is None else environ
     values = _read_toml(environ)
@@ -95,9 +147,11 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[s
         if value is not None:
             _place(values, dotted, value, source=f"the option {dotted}")
     try:
-        return msgspec.convert(values, Settings, strict=False)
+        settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"a setting has the wrong type: {error}") from error
+    settings.check()
+    return settings
 
 
 def _read_toml(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -128,6 +182,8 @@ def _dotted(variable: str) -> str:
 
 
 def _place(values: dict[str, Any], dotted: str, value: Any, source: str) -> None:
+    if dotted == "engine":
+        raise ConfigurationError(f"{source} sets 'engine', which is a table: set one of its names, as in engine.model")
     table, _, name = dotted.rpartition(".")
     _check_names({name: value}, EngineSettings if table == "engine" else Settings, source, "")
     target = values.setdefault("engine", {}) if table == "engine" else values
@@ -139,6 +195,22 @@ def _check_names(values: Mapping[str, Any], struct: type[msgspec.Struct], source
         if name not in struct.__struct_fields__:
             known = ", ".join(sorted(prefix + field for field in struct.__struct_fields__))
             raise ConfigurationError(f"{source} sets {prefix}{name}, which is not a setting. Settings are: {known}")
+
+
+def _check_broker(url: str) -> None:
+    """The message leaves the URL out: it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ConfigurationError(
+            "broker_url cannot be read: it must look like redis://:password@host:6379/0, with a port up to 65535, and "
+            "with /, # and ? of a password written as %2F, %23 and %3F"
+        ) from error
+    if parts.scheme not in _BROKER_SCHEMES:
+        raise ConfigurationError(
+            f"broker_url is of an unknown kind: {parts.scheme or 'no scheme'!r}; use redis://:password@host:6379/0"
+        )
 
 
 def _is_this_machine(host: str) -> bool:
