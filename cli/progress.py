@@ -26,6 +26,7 @@ class Progress:
         self._is_live = sys.stderr.isatty()
         self._is_line_open = False
         self._last_plain = self._start = clock()
+        self._is_loading: bool | None = None
         self._seen: deque[tuple[float, int, int]] = deque()  # time, results, computed tokens
         self._handler = _Handler(self)
 
@@ -37,9 +38,13 @@ class Progress:
         logging.getLogger("millrace").removeHandler(self._handler)
         self._clear()
 
-    def show(self, status: JobStatus) -> None:
-        """Take in where the Job is, and print it if it is time."""
+    def show(self, status: JobStatus, *, is_loading: bool | None = None) -> None:
+        """Take in where the Job is, and print it if it is time.
+
+        `is_loading` says whether its worker is still busy starting; None when that is not known from here.
+        """
         now = self._clock()
+        self._is_loading = is_loading
         self._seen.append((now, status.num_ok + status.num_error, status.computed_tokens))
         while len(self._seen) > 2 and self._seen[1][0] <= now - _WINDOW_S:
             self._seen.popleft()
@@ -63,7 +68,7 @@ class Progress:
         total = max(status.num_lines * (status.job.params.n or 1), results)
         parts = [f"{results:,}/{total:,}{'+' if status.job.state == 'submitting' else ''} results"]
         if results_then == results and not tokens:
-            parts.append("the model is being loaded")
+            parts.append(self._stage(status))
         elapsed = now - then
         if elapsed > 0 and results > results_then:
             parts.append(f"{(tokens - tokens_then) / elapsed:,.0f} tokens/s")
@@ -74,6 +79,14 @@ class Progress:
         if elapsed > 0 and results > results_then and status.job.state != "submitting":
             parts.append(f"{clock_time((total - results) * elapsed / (results - results_then))} left")
         return ", ".join(parts)
+
+    def _stage(self, status: JobStatus) -> str:
+        """What is known while no Result tells."""
+        if status.num_requests_leased:
+            return "running"  # only a worker that is ready claims anything
+        if self._is_loading is None:
+            return "waiting for a worker"
+        return "the model is being loaded" if self._is_loading else "the worker is ready"
 
     def _clear(self) -> None:
         if self._is_line_open:

@@ -1,6 +1,7 @@
 import logging
 
 import pytest
+from msgspec.structs import replace
 
 from cli.progress import Progress, clock_time
 from protocol.sampling import SamplingParams
@@ -54,10 +55,32 @@ def test_line_is_rewritten_on_a_terminal(capsys: pytest.CaptureFixture[str], mon
     show(Clock(), (0, status(0, 0)), (1, status(98, 500)))
 
     assert capsys.readouterr().err == (
-        "\r\x1b[K2/1,000 results, the model is being loaded, 10 known, 2 errors"
+        "\r\x1b[K2/1,000 results, waiting for a worker, 10 known, 2 errors"
         "\r\x1b[K100/1,000 results, 500 tokens/s, 10 known, 2 errors, 0:09 left"
         "\r\x1b[K"
     )
+
+
+@pytest.mark.parametrize(
+    ("is_loading", "num_leased", "text"),
+    [
+        (True, 0, "the model is being loaded"),
+        (False, 0, "the worker is ready"),
+        (True, 7, "running"),
+        (False, 7, "running"),
+        (None, 0, "waiting for a worker"),
+        (None, 7, "running"),
+    ],
+)
+def test_no_result_yet_is_not_taken_for_a_model_that_is_being_loaded(
+    capsys: pytest.CaptureFixture[str], is_loading: bool | None, num_leased: int, text: str
+) -> None:
+    clock = Clock()
+    with Progress(clock) as progress:
+        clock.now += 5
+        progress.show(replace(status(0, 0), num_requests_leased=num_leased), is_loading=is_loading)
+
+    assert capsys.readouterr().err == f"2/1,000 results, {text}, 10 known, 2 errors\n"
 
 
 def test_speed_is_that_of_the_last_seconds(capsys: pytest.CaptureFixture[str]) -> None:

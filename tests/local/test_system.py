@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def kill_worker(system: LocalSystem) -> None:
 
 def test_worker_gets_the_settings_of_this_system_by_its_environment_and_no_others(make: Make, tmp_path: Path) -> None:
     script = (
-        "env > {folder}/env.part; mv {folder}/env.part {folder}/env; cat /proc/$$/cmdline > {folder}/cmdline; sleep 60"
+        "cat /proc/$$/cmdline > {folder}/cmdline; env > {folder}/env.part; mv {folder}/env.part {folder}/env; sleep 60"
     )
     with make(script, MILLRACE_TENANT="stray") as system:
         wait_until((tmp_path / "env").exists)
@@ -164,6 +165,69 @@ def test_worker_that_ends_without_a_word_is_reported_with_its_log(make: Make, fo
         wait_until(lambda: system._worker is not None and system._worker.poll() is not None)
         with pytest.raises(WorkerDied, match=rf"^KeyError \(exit code 1, see {folder.worker_log}\)$"):
             system.supervise(0)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_workers_complaint_is_passed_on_once_while_there_is_no_new_result(
+    folder: StateFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = "2030-01-02 03:04:05,678 WARNING millrace.worker: try {number}: database or disk is full\n"
+    clock = Clock()
+    system = LocalSystem(folder, SETTINGS, ["sleep", "60"], {"PATH": os.environ["PATH"]}, clock)
+
+    def complain(number: int) -> None:
+        with folder.worker_log.open("a") as log:
+            log.write(line.format(number=number))
+
+    with system:
+        complain(1)
+        system.supervise(0)
+        assert caplog.messages == []
+
+        for number in (2, 3):
+            clock.now += 10
+            complain(number)
+            system.supervise(0)
+        said = "no new result for some time; the worker says: try 2: database or disk is full"
+        assert caplog.messages == [said]
+
+        system.supervise(1)
+        clock.now += 10
+        system.supervise(1)
+        assert caplog.messages == [said, said.replace("2", "3")]
+
+
+def test_full_disk_is_told_though_nothing_can_be_logged_there(
+    folder: StateFolder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    with LocalSystem(folder, SETTINGS, ["sleep", "60"], {"PATH": os.environ["PATH"]}, clock) as system:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+        for _ in range(3):
+            system.supervise(0)
+            clock.now += 10
+
+    assert caplog.messages == [f"the disk of the state folder {folder.path} is full"]
+
+
+def test_worker_is_ready_when_it_has_said_so_and_not_after_its_death(make: Make, tmp_path: Path) -> None:
+    ready = "echo '2030-01-02 03:04:05,678 INFO millrace.worker: engine ready: pid 1' >&2; "
+    with make("test -e {folder}/starts || " + ready + STAYS) as system:
+        seen = [system.is_worker_ready]
+        wait_until(lambda: num_starts(tmp_path) == 1)
+        system.supervise(0)
+        seen.append(system.is_worker_ready)
+        kill_worker(system)
+        system.supervise(0)
+        seen.append(system.is_worker_ready)
+
+    assert seen == [False, True, False]
 
 
 def test_killed_redis_comes_back_on_the_same_address(make: Make) -> None:

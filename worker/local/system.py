@@ -4,7 +4,10 @@ Watched from the caller's own loop: what died is started again, and what keeps d
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import msgspec
@@ -14,6 +17,7 @@ from protocol.settings import CONFIG_VARIABLE, ENV_PREFIX, Settings
 from storage.leases import release_all
 from storage.ledger import Ledger
 from worker.local.child import Child
+from worker.local.log_follower import LogFollower
 from worker.local.redis_server import RedisServer
 from worker.local.state import StateFolder
 
@@ -26,6 +30,10 @@ _WORKER_GRACE_S = 30.0
 #: How the command line reports one of our errors; the worker's last such line is what its user has to know.
 _ERROR_MARK = "Error: "
 _TAIL_LINES = 200
+#: Seconds without a new Result after which the worker's last complaint is passed on: it may say why.
+_SILENCE_S = 5.0
+#: Less free space than this, and SQLite may not be able to commit any more; nor may the log say so.
+_MIN_FREE_BYTES = 4 << 20
 
 
 class LocalSystem:
@@ -36,7 +44,12 @@ class LocalSystem:
     """
 
     def __init__(
-        self, state: StateFolder, settings: Settings, worker_command: Sequence[str], environ: Mapping[str, str]
+        self,
+        state: StateFolder,
+        settings: Settings,
+        worker_command: Sequence[str],
+        environ: Mapping[str, str],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
         self._given = settings
@@ -48,6 +61,10 @@ class LocalSystem:
         self._num_results: int | None = None  # when last looked at; a resumed Job begins with some
         self._has_progressed = False
         self._deaths = {"Redis": 0, "worker": 0}
+        self._clock = clock
+        self._log = LogFollower(state.worker_log)
+        self._silent_since = clock()
+        self._told: set[str] = set()
 
     def __enter__(self) -> "LocalSystem":
         try:
@@ -71,14 +88,24 @@ class LocalSystem:
         """How to reach this system, for a Client."""
         return msgspec.structs.replace(self._given, database_url=self._state.database_url, broker_url=self._redis.url)
 
+    @property
+    def is_worker_ready(self) -> bool:
+        """Whether the worker that runs now has said so, as far as `supervise` has seen."""
+        return self._log.is_ready
+
     def supervise(self, num_results: int) -> None:
         """Start again what has died; to be called every second or so, with the number of Results there are.
 
         Raises WorkerDied for a worker that does not start or keeps dying, BrokerUnavailable for a Redis that does.
         """
+        self._log.read()
         if self._num_results is not None and num_results > self._num_results:
             self._has_progressed = True
             self._deaths = dict.fromkeys(self._deaths, 0)
+            self._silent_since = self._clock()
+            self._told.clear()
+        elif self._clock() - self._silent_since >= _SILENCE_S:
+            self._pass_trouble_on()
         self._num_results = num_results
         if not self._redis.is_running:
             self._count_death("Redis", f"see {self._state.redis_log}")
@@ -95,7 +122,18 @@ class LocalSystem:
         release_all(self._ledger)
         self._start_worker()
 
+    def _pass_trouble_on(self) -> None:
+        """Each complaint once, also when only its numbers change, until there is a Result again."""
+        free = shutil.disk_usage(self._state.path).free
+        full = f"the disk of the state folder {self._state.path} is full" if free < _MIN_FREE_BYTES else None
+        said = f"no new result for some time; the worker says: {self._log.trouble}" if self._log.trouble else None
+        for trouble in (full, said):
+            if trouble is not None and (kind := re.sub(r"\d+", "#", trouble)) not in self._told:
+                self._told.add(kind)
+                logger.warning("%s", trouble)
+
     def _start_worker(self) -> None:
+        self._log.restart()
         self._worker = Child(
             self._worker_command,
             log=self._state.worker_log,
