@@ -45,10 +45,24 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_params
 
 
+def _not_empty(_context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:
+    if name == "":
+        raise click.BadParameter("the name is empty.")
+    return name
+
+
 job_option = click.option(
     "--job",
     "name",
     metavar="NAME",
-    help="Name the Job; the same name goes on with it, whatever the input. Needed for stdin. "
-    "Default: equal input, options and model are the same Job.",
+    callback=_not_empty,
+    help="Name the Job; the same name goes on with it, whatever the input: once all lines are in, it is not read "
+    "again. Needed for stdin. Default: equal input, options and model are the same Job.",
+)
+
+retry_option = click.option(
+    "--retry-errors",
+    is_flag=True,
+    help="Try the Job's errors again whose cause may be gone: prompts that were too long for how the model was "
+    "served, a dead engine, a chat template.",
 )

@@ -1,9 +1,8 @@
 """`millrace results`."""
 
-import sys
-from pathlib import Path
-
 import click
+
+from cli.output import open_output
 
 
 @click.command("results", short_help="Write a Job's Results as JSONL.")
@@ -20,15 +19,9 @@ def command(job: str, output: str, partial: bool) -> None:
       millrace results 3f9a -o results.jsonl
     """
     from producer.client import Client
-    from producer.results_file import ResultsFile, encode_result
 
     with Client() as client:
         results = client.results(client.find(job), wait=not partial)
-        if output == "-":
-            for result in results:
-                sys.stdout.buffer.write(encode_result(result))
-                sys.stdout.buffer.flush()
-            return
-        with ResultsFile(Path(output)) as file:
+        with open_output(output) as file:
             for result in results:
                 file.write(result)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.interrupts import Interrupts
-from cli.options import job_option, sampling_options
-from protocol.errors import ConfigurationError
+from cli.options import job_option, retry_option, sampling_options
+from cli.output import STDIN, STDOUT, check_output, open_output, shown_output
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
 
@@ -36,6 +36,7 @@ _DIGEST_DIGITS = 12
 @click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
 @click.option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; auto suits the device.")
 @click.option("--state", metavar="DIR", default=".millrace", show_default=True, help="Where ledger and logs are kept.")
+@retry_option
 @job_option
 @sampling_options
 def command(
@@ -46,6 +47,7 @@ def command(
     device: str | None,
     dtype: str | None,
     state: str,
+    retry_errors: bool,
     name: str | None,
     params: SamplingParams,
 ) -> None:
@@ -53,29 +55,36 @@ def command(
 
     Starts a private Redis and a worker, and stops them at the end. The same command again goes on where it was
     stopped, and computes nothing that is known. MILLRACE_BROKER_URL and MILLRACE_DATABASE_URL are not used here.
+    The exit code is 1 when no line at all was answered.
 
     \b
     Example:
       millrace run prompts.jsonl -o results.jsonl --max-tokens 100 --temperature 0
     """
+    from cli.worker_packages import check_worker_packages
     from producer.source import Source
     from worker.local.state import StateFolder
 
-    _check_paths(input_path, output)
     overrides = {"engine.model": model, "model_name": model_name, "engine.device": device, "engine.dtype": dtype}
     settings = load_settings(overrides)
     model_names = (settings.served_model, settings.engine.model)
-    source = Source(sys.stdin.buffer if input_path == "-" else Path(input_path))
+    source = Source(sys.stdin.buffer if input_path == STDIN else Path(input_path))
     # What cannot work is refused before anything is made or started.
+    check_worker_packages()
+    if name is None:
+        source.check()
+    check_output(output, input_path)
     if name is None:
         source.digest()
     private = _name_by_content(settings)
     with Interrupts() as interrupts, StateFolder(Path(state)) as folder:
         private = _in_folder(private, folder)
-        run = _Run(private, folder, source, name, params, model_names, interrupts)
+        run = _Run(private, folder, source, name, params, model_names, interrupts, retry_errors)
         started = time.monotonic()
         job, is_computed = run.ensure_results()
-        prompts = _first_prompts(Path(input_path), model_names) if input_path != "-" else {}
+        # What stands under a name now may be another input than the one that was answered.
+        is_readable = input_path != STDIN and (is_computed or name is None)
+        prompts = _first_prompts(Path(input_path), model_names) if is_readable else {}
         run.write(job, output, prompts, None if not is_computed else time.monotonic() - started)
 
 
@@ -89,6 +98,7 @@ class _Run:
         params: SamplingParams,
         model_names: tuple[str, ...],
         interrupts: Interrupts,
+        retry_errors: bool,
     ) -> None:
         self._settings = settings
         self._folder = folder
@@ -97,15 +107,20 @@ class _Run:
         self._params = params
         self._model_names = model_names
         self._interrupts = interrupts
+        self._retry_errors = retry_errors
 
     def ensure_results(self) -> "tuple[Job, bool]":
         """Bring the Job to its end; False when it was there already, in which case nothing is started."""
-        from producer.client import Client
+        from producer.client import ENDED, Client
 
         with Client(self._settings) as client:
             job = client.find_same(self._source, name=self._name, params=self._params)
-            if job is not None and job.state in ("finished", "cancelled"):
-                return job, False
+            if job is None:
+                self._source.check()
+            elif job.state in ENDED:
+                is_wanted = self._retry_errors and job.state == "finished"
+                if not (is_wanted and client.has_retriable_errors(job)):
+                    return job, False
         try:
             return self._compute(), True
         except KeyboardInterrupt:
@@ -114,32 +129,29 @@ class _Run:
 
     def write(self, job: "Job", output: str, prompts: dict[int, str], seconds: float | None) -> None:
         """Write all Results to the output, and on stdout (stderr when the Results are there) what became of them."""
-        from cli.summary import Summary
+        from cli.summary import Summary, check_any_answer
         from producer.client import Client
-        from producer.results_file import ResultsFile, encode_result
 
         summary = Summary(prompts)
         with Client(self._settings) as client:
             status = client.status(job)
-            results = client.results(job, wait=False)
-            if output == "-":
-                for result in results:
-                    sys.stdout.buffer.write(encode_result(result))
+            with open_output(output) as file:
+                for result in client.results(job, wait=False):
+                    file.write(result)
                     summary.add(result)
-                sys.stdout.buffer.flush()
-            else:
-                with ResultsFile(Path(output)) as file:
-                    for result in results:
-                        file.write(result)
-                        summary.add(result)
-        if seconds is None:
+        if seconds is None and self._name is not None:
+            how = (
+                f"nothing was computed: the Job {self._name!r} ({job.id}) is complete, so the input was not read again"
+            )
+        elif seconds is None:
             how = f"nothing was computed: all of it was known, as Job {job.id}"
         else:
             how = f"{seconds:,.1f} s, as Job {job.id}; the same command again computes nothing"
         parts = [summary.text(status, output), how]
-        if output != "-" and summary.first_answers():
+        if output != STDOUT and summary.first_answers():
             parts += ["", summary.first_answers()]
-        click.echo("\n".join(parts), err=output == "-")
+        click.echo("\n".join(parts), err=output == STDOUT)
+        check_any_answer(status, f"they are in {shown_output(output)}")
 
     def _compute(self) -> "Job":
         from cli.progress import Progress
@@ -156,7 +168,7 @@ class _Run:
                 def look(status: "JobStatus") -> None:
                     self._interrupts.check()
                     system.supervise(status.num_ok + status.num_error)
-                    progress.show(status)
+                    progress.show(status, is_loading=not system.is_worker_ready)
 
                 try:
                     job = self._submit(client, look)
@@ -186,6 +198,7 @@ class _Run:
             name=self._name,
             params=self._params,
             model_names=self._model_names,
+            retry_errors=self._retry_errors,
             on_progress=look_now_and_then,
         )
 
@@ -197,16 +210,6 @@ class _Run:
             status = client.status(job) if job is not None else None
         num_results = status.num_ok + status.num_error if status is not None else 0
         click.echo(f"stopped; {num_results:,} results are kept, and the same command goes on from there", err=True)
-
-
-def _check_paths(input_path: str, output: str) -> None:
-    from producer.results_file import ResultsFile
-
-    if output == "-":
-        return
-    ResultsFile(Path(output)).check()
-    if input_path != "-" and os.path.exists(output) and os.path.samefile(input_path, output):
-        raise ConfigurationError(f"the output {output} is the input itself: give it another name")
 
 
 def _name_by_content(settings: Settings) -> Settings:

@@ -9,7 +9,7 @@ import click
 @click.command("status", short_help="Say how far Jobs are.")
 @click.argument("job", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, or one for each Job.")
-@click.option("--limit", default=20, show_default=True, metavar="N", help="Jobs to list.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="Jobs to list.")
 def command(job: str | None, as_json: bool, limit: int) -> None:
     """Say how far a Job is, by its id or name; without one, list the newest Jobs.
 
@@ -22,20 +22,18 @@ def command(job: str | None, as_json: bool, limit: int) -> None:
     from producer.client import Client
 
     with Client() as client:
-        statuses = [client.status(job)] if job else [client.status(each) for each in client.jobs(limit)]
+        statuses = [client.status(job)] if job is not None else [client.status(each) for each in client.jobs(limit)]
     if as_json:
         for status in statuses:
             click.echo(msgspec.json.encode(_as_json(status)))
-    elif job:
+    elif job is not None:
         click.echo("\n".join(f"{name:<20}{value}" for name, value in _as_rows(statuses[0])))
     else:
         for status in statuses:
             num_results = status.num_ok + status.num_error
+            results = f"{num_results:,} result{'s' * (num_results != 1)} of {status.num_lines:,} lines"
             created = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.job.created_at))
-            click.echo(
-                f"{status.job.id}  {created}  {status.job.state:<10}  {num_results:,} of {status.num_lines:,} lines' "
-                f"results  {_shown_name(status)}"
-            )
+            click.echo(f"{status.job.id}  {created}  {status.job.state:<10}  {results}  {_shown_name(status)}")
 
 
 def _as_json(status: Any) -> dict[str, Any]:

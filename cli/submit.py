@@ -2,50 +2,61 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import job_option, sampling_options
+from cli.options import job_option, retry_option, sampling_options
+from cli.output import STDIN, STDOUT, check_output, open_output, shown_output
 from protocol.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    from producer.source import Input
 
 
 @click.command("submit", short_help="Put a file of prompts into the queue.")
 @click.argument("input_path", metavar="FILE", type=click.Path(allow_dash=True))
 @click.option("--wait", is_flag=True, help="Stay until the Job has ended.")
-@click.option("-o", "--output", metavar="FILE", help="Write the Results there at the end; includes --wait.")
+@click.option(
+    "-o", "--output", metavar="FILE", help="Write the Results there at the end; - is stdout. Includes --wait."
+)
+@retry_option
 @job_option
 @sampling_options
-def command(input_path: str, wait: bool, output: str | None, name: str | None, params: SamplingParams) -> None:
+def command(
+    input_path: str, wait: bool, output: str | None, retry_errors: bool, name: str | None, params: SamplingParams
+) -> None:
     """Put a JSONL file's prompts into the queue as one Job, and print the Job's id. - is stdin.
 
-    The same file again goes on with the same Job, so an interrupted submit is simply repeated.
+    The same file again goes on with the same Job, so an interrupted submit is simply repeated. Whoever waits gets exit
+    code 1 when no line at all was answered.
 
     \b
     Example:
       millrace submit prompts.jsonl --max-tokens 100 --wait -o results.jsonl
     """
     from cli.progress import Progress
-    from cli.summary import Summary
+    from cli.summary import Summary, check_any_answer
     from producer.client import Client
-    from producer.results_file import ResultsFile
+    from producer.source import Source
 
-    source: Input = sys.stdin.buffer if input_path == "-" else Path(input_path)
+    source = Source(sys.stdin.buffer if input_path == STDIN else Path(input_path))
+    if name is None:
+        source.check()
+    if output is not None:
+        check_output(output, input_path)
     with Client() as client, Progress() as progress:
-        job = client.submit(source, name=name, params=params)
-        click.echo(job.id)
+        known = client.find_same(source, name=name, params=params)
+        if name is not None and known is not None and known.state != "submitting":
+            progress.say(f"the Job {name!r} has all its lines: the input is not read again")
+        job = client.submit(source, name=name, params=params, retry_errors=retry_errors)
+        click.echo(job.id, err=output == STDOUT)
         if not wait and output is None:
             return
-        summary = Summary()
         if output is None:
-            client.wait(job, on_progress=progress.show)
+            check_any_answer(client.wait(job, on_progress=progress.show), "`millrace results` shows them")
             return
-        with ResultsFile(Path(output)) as file:
+        summary = Summary()
+        with open_output(output) as file:
             status = client.wait(job, on_progress=progress.show)
             for result in client.results(job, wait=False):
                 file.write(result)
                 summary.add(result)
     click.echo(summary.text(status, output), err=True)
+    check_any_answer(status, f"they are in {shown_output(output)}")

@@ -3,6 +3,10 @@
 from collections import Counter
 from collections.abc import Mapping
 
+import click
+
+from cli.output import shown_output
+from producer.client import RETRIABLE_CODES
 from protocol.requests import Result
 from storage.jobs import JobStatus
 
@@ -39,7 +43,13 @@ class Summary:
             lines[-1] += f", {status.completion_tokens - status.computed_tokens:,} of them from known answers"
         if status.job.state == "cancelled":
             lines.append("the Job was cancelled, so the rest is missing")
-        lines.append(f"written to {'stdout' if output == '-' else output}")
+        num_retriable = sum(number for code, number in self._errors.items() if code in RETRIABLE_CODES)
+        if num_retriable and status.job.state != "cancelled":
+            lines.append(
+                f"{num_retriable:,} error{'s' * (num_retriable != 1)} may go away: the same command with "
+                "--retry-errors tries again"
+            )
+        lines.append(f"written to {shown_output(output)}")
         return "\n".join(lines)
 
     def first_answers(self) -> str:
@@ -50,6 +60,12 @@ class Summary:
             shown += _excerpt(f"{result.line}: ", self._prompts.get(result.line, ""))
             shown += _excerpt("-> ", result.answer.text)
         return "\n".join(shown)
+
+
+def check_any_answer(status: JobStatus, where: str) -> None:
+    """Raises ClickException, hence exit code 1, for a Job that has errors and nothing else."""
+    if status.num_error and not status.num_ok:
+        raise click.ClickException(f"no line was answered: all {status.num_error:,} results are errors; {where}")
 
 
 def _excerpt(mark: str, text: str) -> list[str]:

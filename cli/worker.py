@@ -17,7 +17,11 @@ def command(model: str | None, device: str | None) -> None:
       MILLRACE_DATABASE_URL=postgresql+psycopg://user:password@host/name \\
         millrace worker --model models/millrace-tiny
     """
+    from cli.worker_packages import check_worker_packages
     from protocol.settings import load_settings
+
+    settings = load_settings({"engine.model": model, "engine.device": device})
+    check_worker_packages()
     from worker.main import run_worker
 
-    sys.exit(run_worker(load_settings({"engine.model": model, "engine.device": device})))
+    sys.exit(run_worker(settings))

@@ -12,7 +12,7 @@ from producer.doorbell import Doorbell
 from producer.identity import job_identity
 from producer.lines import LineReader
 from producer.source import Input, Source
-from protocol.errors import JobNotFound, SubmissionConflict
+from protocol.errors import ConfigurationError, JobNotFound, SubmissionConflict
 from protocol.requests import Request, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
@@ -26,6 +26,7 @@ from storage.jobs import (
     job_status,
     list_jobs,
     open_job,
+    reopen_errors,
     seal_job,
     settled_position,
     unclaimed_chunks,
@@ -37,6 +38,20 @@ T = TypeVar("T")
 
 UNSET_PARAMS = SamplingParams()
 ENDED = ("finished", "cancelled")
+
+#: Errors whose cause may be gone on another try: the engine's, the worker's, or limits of how the model was served.
+#: What depends on the input alone would come out the same.
+RETRIABLE_CODES = frozenset(
+    {
+        "chat_template",
+        "empty_prompt",
+        "engine_died",
+        "engine_refused",
+        "internal_error",
+        "no_chat_template",
+        "prompt_too_long",
+    }
+)
 
 #: Seconds between two looks at the ledger, at first and at most.
 _FIRST_POLL_S = 0.05
@@ -85,13 +100,15 @@ class Client:
         name: str | None = None,
         params: SamplingParams = UNSET_PARAMS,
         model_names: Sequence[str] = (),
+        retry_errors: bool = False,
         on_progress: Callable[[int], None] | None = None,
     ) -> Job:
         """Make a Job of the source's lines, or find the one that was made of the same before and go on with it.
 
         The same means equal content, `params` and model; with a `name`, that name alone, which a source that can be
         read only once needs. `params` hold where a line says nothing. A line may ask for a model by one of
-        `model_names` (default: the served name). `on_progress` is told the number of the last line that is in.
+        `model_names` (default: the served name). `on_progress` is told the number of the last line that is in. With
+        `retry_errors` the Job's errors are tried again as by `retry`.
 
         Raises InvalidRequest for `params` out of range, ConfigurationError for a source that cannot be read or needs a
         name, SubmissionConflict when the name stands for another Job or somebody else is submitting the same.
@@ -100,11 +117,27 @@ class Client:
         content = source if isinstance(source, Source) else Source(source)
         model = self.settings.served_model
         identity = self._identity(content, name, params)
+        if self.find_same(content, name=name, params=params) is None:
+            content.check()  # a Job that has all its lines does without its input
         job, _ = open_job(self._ledger, tenant=self.settings.tenant, identity=identity, model=model, params=params)
         self._check_same(job, params)
         if job.state == "submitting":
             self._take_in(job, content, model_names or (model,), on_progress)
+        if retry_errors:
+            self.retry(job)
         return self.find(job.id)
+
+    def retry(self, job: Job | str) -> int:
+        """Have the Job's errors whose cause may be gone (RETRIABLE_CODES) computed again; returns how many.
+
+        Those in Chunks that are being worked on right now stay, as do those of a cancelled Job. Raises JobNotFound.
+        """
+        job_id = self._id(job)
+        # A token id may be this model's or no model's: the ledger tries again only what was refused by a worker.
+        num_reopened = reopen_errors(self._ledger, job_id, RETRIABLE_CODES | {"invalid_token"})
+        if num_reopened:
+            self.announce(job_id)
+        return num_reopened
 
     def find_same(
         self, source: Input | Source, *, name: str | None = None, params: SamplingParams = UNSET_PARAMS
@@ -119,6 +152,11 @@ class Client:
             return None
         self._check_same(job, params)
         return job
+
+    def has_retriable_errors(self, job: Job | str) -> bool:
+        """Whether `retry` would have something to do. Reads Results until it knows. Raises JobNotFound."""
+        results = self.results(job, wait=False)
+        return any(result.failure is not None and result.failure.code in RETRIABLE_CODES for result in results)
 
     def find(self, name: str) -> Job:
         """The Job with this id, this beginning of an id, or this name. Raises JobNotFound."""
@@ -171,6 +209,8 @@ class Client:
             self._doorbell.ring(chunk_id, found.model)
 
     def _identity(self, content: Source, name: str | None, params: SamplingParams) -> str:
+        if name == "":
+            raise ConfigurationError("a Job's name is empty: give it one that says what it is")
         return name if name is not None else job_identity(content.digest(), params, self.settings.served_model)
 
     def _check_same(self, job: Job, params: SamplingParams) -> None:

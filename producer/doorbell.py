@@ -6,7 +6,6 @@ import time
 from kombu.exceptions import OperationalError
 
 from protocol.celery_app import CHUNK_TASK, bulk_queue, make_app
-from protocol.errors import ConfigurationError
 from protocol.settings import Settings
 
 logger = logging.getLogger("millrace.producer")
@@ -28,7 +27,7 @@ class Doorbell:
         self._is_told = False
 
     def ring(self, chunk_id: int, model: str) -> None:
-        """Publish the Chunk's message. Raises ConfigurationError for a broker URL of an unknown kind."""
+        """Publish the Chunk's message."""
         if time.monotonic() < self._resting_until:
             return
         try:
@@ -50,8 +49,6 @@ class Doorbell:
                     "nothing else to do find it there",
                     error,
                 )
-        except KeyError as error:
-            raise ConfigurationError(f"broker_url is of an unknown kind: {error.args[0]}; use redis://...") from error
 
     def close(self) -> None:
         """Close the connections."""

@@ -94,7 +94,7 @@ class ResultsFile:
             self._temporary, self._file = Path(name), os.fdopen(handle, "wb")
             self._temporary.chmod(0o666 & ~_umask())
         except OSError as error:
-            raise ConfigurationError(f"cannot write the results to {self._path}: {error.strerror}") from error
+            raise self._trouble(error) from error
         return self
 
     def check(self) -> None:
@@ -104,9 +104,12 @@ class ResultsFile:
             self._discard()
 
     def write(self, result: Result) -> None:
-        """Add one Result."""
+        """Add one Result. Raises ConfigurationError when it cannot be written, as on a full disk."""
         assert self._file is not None
-        self._file.write(encode_result(result))
+        try:
+            self._file.write(encode_result(result))
+        except OSError as error:
+            raise self._trouble(error) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -116,9 +119,12 @@ class ResultsFile:
             if error is None:
                 self._complete(self._file)
         except OSError as trouble:
-            raise ConfigurationError(f"cannot write the results to {self._path}: {trouble.strerror}") from trouble
+            raise self._trouble(trouble) from trouble
         finally:
             self._discard()
+
+    def _trouble(self, error: OSError) -> ConfigurationError:
+        return ConfigurationError(f"cannot write the results to {self._path}: {error.strerror}")
 
     def _discard(self) -> None:
         assert self._file is not None

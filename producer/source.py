@@ -1,5 +1,6 @@
 """Source: what a Job is made of, as lines of JSON, whatever form the caller has it in."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +35,14 @@ class Source:
             self._digest = self._read_digest()
         return self._digest
 
+    def check(self) -> None:
+        """Raises ConfigurationError for a path that cannot be read, without reading it."""
+        if self._path is None:
+            return
+        self._status(self._path)
+        if not os.access(self._path, os.R_OK):
+            raise ConfigurationError(f"cannot read the input {self._path}: {os.strerror(errno.EACCES)}")
+
     @contextmanager
     def lines(self) -> Iterator[Iterator[bytes]]:
         """The lines, until the end of the context. Raises ConfigurationError when a file cannot be read or changes."""
@@ -67,6 +76,9 @@ class Source:
 
     def _status(self, path: Path) -> os.stat_result:
         try:
-            return path.stat()
+            status = path.stat()
         except OSError as error:
             raise ConfigurationError(f"cannot read the input {path}: {error.strerror}") from error
+        if stat.S_ISDIR(status.st_mode):
+            raise ConfigurationError(f"cannot read the input {path}: it is a folder, name a file in it")
+        return status

@@ -1,6 +1,9 @@
 """migrate, submit, status and results over a real database and a real Redis."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +17,7 @@ from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
 from tests.cli.conftest import Invoke
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = '{"id": "a", "prompt": "Hello"}\nnonsense\n{"id": "c", "prompt": "Bye"}\n'
 
 
@@ -102,6 +106,101 @@ def test_submit_waits_and_writes_the_results(here: Invoke, answer: Callable[[], 
     ]
 
 
+def test_submit_never_writes_over_its_input(here: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to("prompts.jsonl")
+    for output in ("prompts.jsonl", "link.jsonl"):
+        refused = here("submit", "prompts.jsonl", "--wait", "-o", output)
+
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert refused.stderr == f"Error: the output {output} is the input itself: give it another name\n"
+    assert (tmp_path / "prompts.jsonl").read_text() == PROMPTS
+    assert here("status").stdout == ""
+
+
+def test_output_that_cannot_be_written_is_refused_before_there_is_a_job(here: Invoke, tmp_path: Path) -> None:
+    refused = here("submit", "prompts.jsonl", "-o", "prompts.jsonl/out.jsonl")
+
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("Error: cannot write the results to ")
+    assert here("status").stdout == ""
+
+
+def test_input_that_is_not_there_makes_no_job(here: Invoke) -> None:
+    for arguments in (["nothing.jsonl"], ["nothing.jsonl", "--job", "nightly"]):
+        refused = here("submit", *arguments)
+
+        assert refused.exit_code == 1
+        assert refused.stderr == "Error: cannot read the input nothing.jsonl: No such file or directory\n"
+    assert here("status").stdout == ""
+
+
+def test_submit_writes_results_to_stdout_and_all_else_to_stderr(
+    here: Invoke, answer: Callable[[], None], tmp_path: Path
+) -> None:
+    job_id = here("submit", "prompts.jsonl").stdout.strip()
+    answer()
+
+    result = here("submit", "prompts.jsonl", "-o", "-")
+
+    assert result.exit_code == 0
+    assert [json.loads(line)["line"] for line in result.stdout.splitlines()] == [1, 2, 3]
+    assert result.stderr.startswith(f"{job_id}\n3 results: ")
+    assert "written to stdout" in result.stderr
+    assert not (tmp_path / "-").exists()
+
+
+def test_submit_under_the_name_of_a_complete_job_says_that_the_input_is_not_read(
+    here: Invoke, answer: Callable[[], None], tmp_path: Path
+) -> None:
+    here("submit", "prompts.jsonl", "--job", "nightly")
+    answer()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Something else"}\n')
+
+    again = here("submit", "prompts.jsonl", "--job", "nightly")
+
+    assert again.exit_code == 0
+    assert again.stderr == "the Job 'nightly' has all its lines: the input is not read again\n"
+
+
+def test_job_without_any_answer_is_exit_code_1_for_those_who_wait(here: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("nonsense\n")
+
+    assert here("submit", "bad.jsonl").exit_code == 0
+    for arguments in (["--wait"], ["-o", "out.jsonl"]):
+        result = here("submit", "bad.jsonl", *arguments)
+        assert result.exit_code == 1
+        assert "Error: no line was answered: all 1 results are errors" in result.stderr
+
+
+def test_status_takes_no_empty_name_and_no_negative_limit(here: Invoke) -> None:
+    nameless = here("status", "")
+    assert (nameless.exit_code, nameless.stdout) == (1, "")
+    assert nameless.stderr.startswith("Error: there is no Job ''")
+
+    negative = here("status", "--limit", "-1")
+    assert (negative.exit_code, negative.stdout) == (2, "")
+    assert "-1 is not in the range x>=1" in negative.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_stdout_on_a_full_disk_is_one_line_on_stderr(
+    here: Invoke, answer: Callable[[], None], database_url: str, redis_url: str
+) -> None:
+    job_id = here("submit", "prompts.jsonl").stdout.strip()
+    answer()
+    settings = {"DATABASE_URL": database_url, "BROKER_URL": redis_url, "MODEL_NAME": "tiny"}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **{f"MILLRACE_{name}": text for name, text in settings.items()}}
+
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-P", "-m", "cli.main", "results", job_id]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environ)
+
+    assert (done.returncode, done.stderr) == (
+        1,
+        "Error: cannot write the results to stdout: No space left on device\n",
+    )
+
+
 def test_status_of_a_job(here: Invoke, answer: Callable[[], None]) -> None:
     job_id = here("submit", "prompts.jsonl", "--job", "nightly").stdout.strip()
     answer()
@@ -137,7 +236,7 @@ def test_status_lists_the_newest_jobs(here: Invoke) -> None:
     lines = here("status").stdout.splitlines()
 
     assert [line.split()[0] for line in lines] == [second, first]
-    assert lines[0].endswith("1 of 3 lines' results  second")
+    assert lines[0].endswith("1 result of 3 lines  second")
     assert len(here("status", "--limit", "1").stdout.splitlines()) == 1
 
 
@@ -182,7 +281,8 @@ def test_broker_that_is_away_is_a_warning(here: Invoke) -> None:
     assert result.stderr.startswith("warning: the broker does not answer")
 
 
-def test_commands_that_need_tables_say_how_to_make_them(millrace: Invoke) -> None:
+def test_commands_that_need_tables_say_how_to_make_them(millrace: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(PROMPTS)
     for arguments in (["status"], ["results", "x"], ["submit", "prompts.jsonl"]):
         result = millrace(*arguments)
         assert result.exit_code == 1

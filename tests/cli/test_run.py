@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from protocol.requests import Answer, Result
+from protocol.requests import Answer, Failure, Result
 from storage.jobs import close_job_if_done, list_jobs
 from storage.leases import claim_oldest
 from storage.ledger import Ledger
@@ -188,6 +190,23 @@ def test_stdin_without_a_name_is_refused_with_the_way_out(millrace: Invoke, mode
             ["prompts.jsonl", "-o", "prompts.jsonl"],
             "Error: the output prompts.jsonl is the input itself: give it another name\n",
         ),
+        (
+            ["nothing.jsonl", "-o", "prompts.jsonl"],
+            "Error: cannot read the input nothing.jsonl: No such file or directory\n",
+        ),
+        (
+            ["nothing.jsonl", "-o", "prompts.jsonl", "--job", "nightly"],
+            "Error: cannot read the input nothing.jsonl: No such file or directory\n",
+        ),
+        ([".", "-o", "out.jsonl"], "Error: cannot read the input .: it is a folder, name a file in it\n"),
+        (
+            ["prompts.jsonl", "-o", "out.jsonl", "--device", "tpu"],
+            "Error: engine.device='tpu' is unknown: it is auto, cpu, cuda or cuda:N\n",
+        ),
+        (
+            ["prompts.jsonl", "-o", "out.jsonl", "--dtype", "int4"],
+            "Error: engine.dtype='int4' is unknown: it is one of auto, float32, bfloat16, float16\n",
+        ),
     ],
 )
 def test_caller_mistakes_are_refused_before_anything_is_made(
@@ -198,7 +217,11 @@ def test_caller_mistakes_are_refused_before_anything_is_made(
     result = millrace("run", *arguments, "--model", model)
 
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
-    assert sorted(os.listdir(tmp_path)) == ["prompts.jsonl", "tiny"]
+    # Under a name the ledger is asked first whether the input is still needed.
+    assert sorted({*os.listdir(tmp_path)} - ({".millrace"} if "--job" in arguments else set())) == [
+        "prompts.jsonl",
+        "tiny",
+    ]
     assert prompts.read_bytes() == before
 
 
@@ -224,3 +247,100 @@ def test_output_is_needed(millrace: Invoke, prompts: Path) -> None:
 
     assert result.exit_code == 2
     assert "Missing option '-o' / '--output'" in result.stderr
+
+
+@pytest.mark.usefixtures("answering")
+def test_complete_job_under_a_name_says_that_the_input_was_not_read(
+    millrace: Invoke, prompts: Path, model: Path, tmp_path: Path
+) -> None:
+    arguments = ["run", prompts, "-o", "out.jsonl", "--model", model, "--job", "nightly"]
+    assert millrace(*arguments).exit_code == 0
+    prompts.unlink()
+
+    again = millrace(*arguments)
+
+    assert (again.exit_code, again.stderr) == (0, "")
+    assert re.search(
+        r"^nothing was computed: the Job 'nightly' \([0-9a-f]{16}\) is complete, so the input was not read again$",
+        again.stdout,
+        re.MULTILINE,
+    )
+
+
+@pytest.mark.usefixtures("answering")
+def test_run_that_answers_no_line_at_all_has_exit_code_1(millrace: Invoke, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("no\nnor this\n")
+
+    result = millrace("run", "bad.jsonl", "-o", "out.jsonl", "--model", model)
+
+    assert result.exit_code == 1
+    assert result.stderr.endswith("\nError: no line was answered: all 2 results are errors; they are in out.jsonl\n")
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_empty_name_is_a_usage_error(millrace: Invoke, prompts: Path) -> None:
+    for command in ("run", "submit"):
+        result = millrace(command, prompts, "-o", "out.jsonl", "--job", "")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.endswith("Error: Invalid value for '--job': the name is empty.\n")
+
+
+@pytest.mark.parametrize("command", [["run", "prompts.jsonl", "-o", "out.jsonl"], ["worker"]])
+def test_client_without_the_workers_packages_is_told_what_to_install(
+    millrace: Invoke, prompts: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], tmp_path: Path
+) -> None:
+    from importlib import util
+
+    missing = ("torch", "jinja2")
+    monkeypatch.setattr("cli.worker_packages.find_spec", lambda name: None if name in missing else util.find_spec(name))
+
+    result = millrace(*command)
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "Error: this command needs the worker's packages, and torch, jinja2 cannot be imported: pip install torch, "
+        "then pip install '.[worker]' in Millrace's folder\n"
+    )
+    assert os.listdir(tmp_path) == ["prompts.jsonl"]
+
+
+@pytest.mark.usefixtures("answering")
+def test_errors_that_may_go_away_are_named_and_tried_again_when_asked(
+    millrace: Invoke, prompts: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["run", prompts, "-o", "out.jsonl", "--model", model]
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalSystem, "supervise", failing(tmp_path))
+        first = millrace(*arguments)
+    assert "\n2 errors may go away: the same command with --retry-errors tries again\n" in first.stdout
+    assert first.exit_code == 1
+
+    unasked = millrace(*arguments)
+    assert "nothing was computed" in unasked.stdout
+
+    again = millrace(*arguments, "--retry-errors")
+    assert (again.exit_code, again.stdout.splitlines()[0]) == (
+        0,
+        "3 results: 2 answers (1 known already), 1 error (invalid_json 1)",
+    )
+    assert "may go away" not in again.stdout
+
+    last = millrace(*arguments, "--retry-errors")
+    assert "nothing was computed" in last.stdout
+
+
+def failing(tmp_path: Path) -> Callable[[LocalSystem, int], None]:
+    """As `answering`, but the engine dies of everything."""
+
+    def fail(_self: LocalSystem, _num_results: int) -> None:
+        with closing(Ledger(f"sqlite:///{tmp_path}/.millrace/ledger.db")) as ledger:
+            job, *_ = list_jobs(ledger, "default", 1)
+            lease = claim_oldest(ledger, job.model, "worker", 60, min_age_s=0)
+            if lease is None:
+                return
+            died = Failure("engine_died", "it died")
+            results = [Result(line=request.line, failure=died) for request in lease.requests]
+            commit(ledger, [ChunkCommit(lease, results, is_finished=True)])
+            close_job_if_done(ledger, job.id)
+
+    return fail

@@ -12,7 +12,7 @@ import redis
 from producer.client import Client
 from protocol.celery_app import bulk_queue
 from protocol.errors import ConfigurationError, InvalidRequest, JobNotFound, SubmissionConflict
-from protocol.requests import Answer, Result
+from protocol.requests import Answer, Failure, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import EngineSettings, Settings
 from storage.jobs import Job, cancel_job, close_job_if_done
@@ -400,12 +400,54 @@ def test_announce_tells_a_new_broker_what_waits(
     ] == [5, 9]
 
 
-def test_unknown_kind_of_broker_is_refused(settings: Settings) -> None:
-    with (
-        Client(msgspec.structs.replace(settings, broker_url="carrier-pigeon://127.0.0.1")) as client,
-        pytest.raises(ConfigurationError, match="broker_url"),
-    ):
-        client.submit(["a"])
+@pytest.mark.parametrize("url", ["carrier-pigeon://127.0.0.1", "redis://127.0.0.1:99999/0"])
+def test_broker_that_no_bell_could_reach_is_refused_before_there_is_a_job(settings: Settings, url: str) -> None:
+    with pytest.raises(ConfigurationError, match="broker_url"):
+        Client(msgspec.structs.replace(settings, broker_url=url))
+
+
+def test_errors_that_may_go_away_are_computed_again(
+    client: Client, ledger: Ledger, redis_url: str, prompts: Callable[..., Path]
+) -> None:
+    path = prompts(plain("a"), "nonsense", plain("b"))
+    job = client.submit(path)
+    (first,) = chunk_ids(redis_url)
+    lease = claim(ledger, first, "worker", 60)
+    assert lease is not None
+    failures = [
+        Result(line=1, failure=Failure("engine_died", "it died")),
+        Result(line=3, failure=Failure("empty_continuation", "nothing there")),
+    ]
+    commit(ledger, [ChunkCommit(lease, failures, is_finished=True)])
+    assert client.wait(job).job.state == "finished"
+    assert client.submit(path).state == "finished"
+    assert client.has_retriable_errors(job)
+
+    again = client.submit(path, retry_errors=True)
+
+    assert (again.id, again.state) == (job.id, "running")
+    assert chunk_ids(redis_url) == [first, first]
+    assert lines_of(client.results(job, wait=False)) == [2, 3]
+    lease = claim(ledger, first, "worker", 60)
+    assert lease is not None
+    answer = Answer(text="a!", finish_reason="stop", prompt_tokens=1, completion_tokens=2)
+    commit(ledger, [ChunkCommit(lease, [Result(line=1, answer=answer)], is_finished=True)])
+    status = client.wait(job)
+    assert (status.num_ok, status.num_error) == (1, 2)
+    assert not client.has_retriable_errors(job)
+    assert client.retry(job) == 0
+
+
+def test_empty_name_is_refused(client: Client) -> None:
+    with pytest.raises(ConfigurationError, match="a Job's name is empty"):
+        client.submit(["a"], name="")
+
+
+def test_folder_as_input_is_refused(client: Client, tmp_path: Path) -> None:
+    for name in (None, "nightly"):
+        with pytest.raises(ConfigurationError, match="it is a folder, name a file in it"):
+            client.submit(tmp_path, name=name)
+    assert client.jobs() == []
 
 
 def test_sqlite_with_a_broker_on_another_machine_is_refused(tmp_path: Path) -> None:

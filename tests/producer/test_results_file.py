@@ -166,6 +166,17 @@ def test_check_finds_what_cannot_be_written_and_leaves_nothing(tmp_path: Path, p
     assert os.listdir(tmp_path / "out") == []
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_full_disk_in_the_middle_is_reported() -> None:
+    def write() -> None:
+        with ResultsFile(Path("/dev/full")) as file:
+            for _ in range(10_000):
+                file.write(ANSWER)
+
+    with pytest.raises(ConfigurationError, match="cannot write the results to /dev/full: No space left on device"):
+        write()
+
+
 def test_full_disk_at_the_end_is_reported_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
