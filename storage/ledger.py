@@ -4,6 +4,7 @@ Knows the schema's version but nothing of Jobs, Chunks or Results.
 """
 
 import random
+import re
 import sqlite3
 import time
 from collections.abc import Callable
@@ -24,10 +25,18 @@ _CONNECT_TIMEOUT_S = 10
 #: Seconds before each new try of a transaction that lost its connection or a deadlock. A longer outage is left to the
 #: caller, who knows whether anybody is waiting.
 _RETRY_DELAYS_S = (0.05, 0.2, 1.0)
-#: SQLite result codes that no retry helps: PERM, READONLY, CANTOPEN, AUTH, NOTADB.
+#: SQLite result codes of a file that cannot be used: PERM, READONLY, CANTOPEN, AUTH, NOTADB.
 _SQLITE_MISCONFIGURED = {3, 8, 14, 23, 26}
 #: SQLite result codes of the world's trouble: BUSY, LOCKED, NOMEM, IOERR, FULL, PROTOCOL.
 _SQLITE_TROUBLE = {5, 6, 7, 10, 13, 15}
+#: What PostgreSQL says to a login it will not accept: SQLSTATE 28P01, 28000 and 3D000. libpq hands no SQLSTATE on for
+#: a connection that failed, so the words must do; a server of another language is tried again for ever.
+_POSTGRES_MISCONFIGURED = re.compile(
+    r"authentication failed for user|no password supplied|no pg_hba\.conf entry for|"
+    r'role ".*" (does not exist|is not permitted to log in)|database ".*" does not exist'
+)
+#: read_only_sql_transaction: the server has become a standby, and so have all sessions with it.
+_READ_ONLY = "25006"
 
 
 class Ledger:
@@ -48,6 +57,7 @@ class Ledger:
                 f"the driver {error.name} for {self._shown_url} is not installed: pip install 'millrace[postgres]'"
             ) from error
         self._writer = self._engine.execution_options(is_write=True)
+        self._proven: set[Engine] = set()
 
     def migrate(self) -> None:
         """Create the schema or bring it to this version. Safe when several processes do it at once.
@@ -72,11 +82,14 @@ class Ledger:
         self.read(lambda connection: schema.check(connection, self._shown_url))
 
     def read(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a transaction that only reads. Raises DatabaseUnavailable."""
+        """Run `work` in a transaction that only reads.
+
+        Raises DatabaseUnavailable; ConfigurationError for a database that cannot be used and never could so far.
+        """
         return self._transact(self._engine, work)
 
     def write(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a transaction and commit it. Raises DatabaseUnavailable.
+        """Run `work` in a transaction and commit it. Raises as `read` does.
 
         `work` runs again when the connection or a deadlock was lost, also when the COMMIT itself may have landed: it
         must find out for itself what is already there.
@@ -99,9 +112,11 @@ class Ledger:
         for delay_s in (*_RETRY_DELAYS_S, None):
             try:
                 with engine.begin() as connection:
-                    return work(connection)
+                    outcome = work(connection)
+                self._proven.add(engine)
+                return outcome
             except (exc.DBAPIError, exc.TimeoutError, sqlite3.Error) as error:
-                translated = self._translate(error)
+                translated = self._translate(error, is_proven=engine in self._proven)
                 if translated is None:
                     raise
                 if delay_s is None or not _may_pass_soon(error):
@@ -110,22 +125,28 @@ class Ledger:
             time.sleep(delay_s * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable")
 
-    def _translate(self, error: Exception) -> MillraceError | None:
-        """Our error for a foreign one; None where the fault is ours."""
+    def _translate(self, error: Exception, *, is_proven: bool) -> MillraceError | None:
+        """Our error for a foreign one; None where the fault is ours.
+
+        Settings that have worked are not wrong: then a disk was mounted read-only, or a database is being restored.
+        """
         cause = error.orig if isinstance(error, exc.DBAPIError) else error
+        reason = str(cause).strip()
         if isinstance(cause, sqlite3.Error):
             # The low byte is the primary code; a connect listener's error has none of SQLAlchemy's wrapping.
             code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
-            if code in _SQLITE_MISCONFIGURED:
-                return ConfigurationError(f"the database {self._file} cannot be used: {cause}")
-            if code in _SQLITE_TROUBLE:
-                return DatabaseUnavailable(f"the database {self._file} does not answer: {cause}")
+            if code in _SQLITE_MISCONFIGURED and not is_proven:
+                return ConfigurationError(f"the database {self._file} cannot be used: {reason}")
+            if code in _SQLITE_MISCONFIGURED | _SQLITE_TROUBLE:
+                return DatabaseUnavailable(f"the database {self._file} does not answer: {reason}")
             return None
         is_trouble = isinstance(error, exc.TimeoutError | exc.OperationalError | exc.InterfaceError)
-        if is_trouble or (isinstance(error, exc.DBAPIError) and error.connection_invalidated):
-            reason = str(cause).strip()
-            return DatabaseUnavailable(f"the database {self._shown_url} does not answer: {reason}")
-        return None
+        if not is_trouble and not (isinstance(error, exc.DBAPIError) and error.connection_invalidated):
+            return None
+        is_refused = getattr(cause, "sqlstate", None) is None and _POSTGRES_MISCONFIGURED.search(reason)
+        if is_refused and not is_proven:
+            return ConfigurationError(f"the database {self._shown_url} cannot be used: {reason}")
+        return DatabaseUnavailable(f"the database {self._shown_url} does not answer: {reason}")
 
 
 def _may_pass_soon(error: Exception) -> bool:
@@ -156,6 +177,7 @@ def _make_engine(url: URL) -> Engine:
         connect_args={name: value for name, value in defaults.items() if name not in url.query},
     )
     event.listen(engine, "handle_error", _hide_row)
+    event.listen(engine, "handle_error", _leave_standby)
     return engine
 
 
@@ -166,6 +188,13 @@ def _hide_row(context: ExceptionContext) -> None:
         told = str(context.original_exception)
         context.sqlalchemy_exception.args = (str(context.sqlalchemy_exception.args[0]).replace(told, primary),)
         context.original_exception.args = (primary,)
+
+
+def _leave_standby(context: ExceptionContext) -> None:
+    # A session begun with a standby stays read-only whatever becomes of the server: all of the pool's are closed, and
+    # the next try finds the primary, by its address or by the URL's target_session_attrs.
+    if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+        context.is_disconnect = True
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:

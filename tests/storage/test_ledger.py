@@ -12,6 +12,7 @@ from sqlalchemy import Connection, exc, insert, select, text, update
 from protocol.errors import ConfigurationError, DatabaseUnavailable
 from storage.ledger import Ledger
 from storage.tables import jobs
+from tests.conftest import PostgresCluster
 from tests.storage.samples import new_job, num_rows, run_threads
 
 OpenLedger = Callable[[str], Ledger]
@@ -87,11 +88,87 @@ def test_an_absent_server_is_unavailable_and_the_password_is_not_shown(open_ledg
     assert "secret" not in "".join(traceback.format_exception(caught.value))
 
 
-def test_a_wrong_password_is_not_shown(postgres_ledger: Ledger, open_ledger: OpenLedger) -> None:
-    wrong = postgres_ledger.url.set(password="secret").render_as_string(hide_password=False)
-    with pytest.raises(DatabaseUnavailable, match="password authentication failed") as caught:
-        open_ledger(wrong).check_schema()
-    assert "secret" not in "".join(traceback.format_exception(caught.value))
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"password": "secret"}, "password authentication failed"),
+        ({"password": None}, "no password supplied"),
+        ({"username": "nobody", "password": "secret"}, "authentication failed"),
+        ({"database": "nowhere"}, 'database "nowhere" does not exist'),
+    ],
+)
+def test_a_login_that_is_refused_is_a_mistake_in_the_settings(
+    postgres_ledger: Ledger, open_ledger: OpenLedger, changed: dict[str, str | None], reason: str
+) -> None:
+    """Workers tried a wrong password again for ever."""
+    password = str(postgres_ledger.url.password)
+    wrong = postgres_ledger.url.set(**{**changed, "password": changed.get("password", password) or ""})  # type: ignore[arg-type]
+    ledger = open_ledger(wrong.render_as_string(hide_password=False))
+    with pytest.raises(ConfigurationError, match=reason) as caught:
+        ledger.check_schema()
+    told = "".join(traceback.format_exception(caught.value))
+    assert "secret" not in told
+    assert password not in told
+
+
+def test_a_role_that_may_not_log_in_is_a_mistake_in_the_settings(
+    postgres_ledger: Ledger, postgres_cluster: PostgresCluster, open_ledger: OpenLedger
+) -> None:
+    postgres_cluster.execute("CREATE ROLE a_group NOLOGIN PASSWORD 'word'")
+    try:
+        url = postgres_ledger.url.set(username="a_group", password="word")
+        with pytest.raises(ConfigurationError, match="not permitted to log in"):
+            open_ledger(url.render_as_string(hide_password=False)).check_schema()
+    finally:
+        postgres_cluster.execute("DROP ROLE a_group")
+
+
+def test_a_database_that_is_away_while_it_is_restored_is_waited_for(
+    postgres_ledger: Ledger, postgres_cluster: PostgresCluster
+) -> None:
+    """A login that has worked is no mistake: a worker keeps its results until it works again."""
+    new_job(postgres_ledger)
+    name = postgres_ledger.url.database
+    postgres_ledger.close()
+    postgres_cluster.execute(f"ALTER DATABASE {name} RENAME TO {name}_restored")
+    try:
+        with pytest.raises(DatabaseUnavailable, match=f'database "{name}" does not exist'):
+            new_job(postgres_ledger)
+    finally:
+        postgres_cluster.execute(f"ALTER DATABASE {name}_restored RENAME TO {name}")
+    assert new_job(postgres_ledger, "another").state == "submitting"
+
+
+def test_a_server_that_has_become_a_standby_is_waited_for(
+    postgres_ledger: Ledger, postgres_cluster: PostgresCluster
+) -> None:
+    """Also a session that stays read-only, because it was begun with the standby, is left behind afterwards."""
+    ledger, name = postgres_ledger, postgres_ledger.url.database
+    new_job(ledger)
+    sessions = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    postgres_cluster.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    postgres_cluster.execute(sessions)
+
+    with pytest.raises(DatabaseUnavailable, match="read-only transaction") as caught:
+        new_job(ledger, f"identity {42}")
+    assert "identity 42" not in "".join(traceback.format_exception(caught.value))
+    assert num_rows(ledger, jobs) == 1
+
+    postgres_cluster.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
+    assert new_job(ledger, f"identity {42}").state == "submitting"
+
+
+@pytest.mark.parametrize("sqlstate", ["08006", "53100", "57P03", "40001"])
+def test_trouble_of_the_server_is_unavailable_once_retries_did_not_help(postgres_ledger: Ledger, sqlstate: str) -> None:
+    tries = []
+
+    def work(connection: Connection) -> None:
+        tries.append(sqlstate)
+        connection.execute(text(f"DO $$ BEGIN RAISE 'the trouble' USING ERRCODE = '{sqlstate}'; END $$"))
+
+    with pytest.raises(DatabaseUnavailable, match="does not answer: the trouble"):
+        postgres_ledger.write(work)
+    assert len(tries) > 1
 
 
 def test_an_sql_error_does_not_show_what_was_to_be_stored(ledger: Ledger) -> None:
@@ -113,6 +190,49 @@ def test_a_database_that_stays_locked_is_unavailable(sqlite_ledger: Ledger) -> N
     other.execute("ROLLBACK")
     other.close()
     assert new_job(sqlite_ledger).state == "submitting"
+
+
+def test_a_full_disk_is_unavailable_until_there_is_room(sqlite_ledger: Ledger) -> None:
+    def limit(num_pages: int) -> None:
+        # The one pooled connection keeps its setting.
+        sqlite_ledger.read(lambda connection: connection.exec_driver_sql(f"PRAGMA max_page_count={num_pages}").close())
+
+    def fill() -> None:
+        for number in range(1000):
+            new_job(sqlite_ledger, f"{number:0>4000}")
+
+    limit(1)  # as many as there are
+    with pytest.raises(DatabaseUnavailable, match="full"):
+        fill()
+    limit(1_000_000)
+    assert new_job(sqlite_ledger, "x" * 4000).state == "submitting"
+
+
+def test_a_sqlite_file_that_is_away_for_a_while_is_waited_for(tmp_path: Path, open_ledger: OpenLedger) -> None:
+    """Its disk was unmounted under a running worker, which then gave its results up."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    ledger = open_ledger(f"sqlite:///{folder}/ledger.db")
+    ledger.migrate()
+    new_job(ledger)
+    ledger.close()
+    folder.rename(tmp_path / "unmounted")
+    with pytest.raises(DatabaseUnavailable, match="unable to open"):
+        new_job(ledger)
+    (tmp_path / "unmounted").rename(folder)
+    assert new_job(ledger, "another").state == "submitting"
+
+
+def test_a_sqlite_file_that_becomes_read_only_is_waited_for(sqlite_ledger: Ledger) -> None:
+    def set_read_only(value: str) -> None:
+        sqlite_ledger.read(lambda connection: connection.exec_driver_sql(f"PRAGMA query_only = {value}").close())
+
+    new_job(sqlite_ledger)
+    set_read_only("ON")
+    with pytest.raises(DatabaseUnavailable, match="readonly"):
+        new_job(sqlite_ledger, "another")
+    set_read_only("OFF")
+    assert new_job(sqlite_ledger, "another").state == "submitting"
 
 
 def test_sqlite_transactions_that_read_before_they_write_take_turns(sqlite_ledger: Ledger) -> None:
