@@ -54,7 +54,8 @@ class Ledger:
             ) from error
         except ModuleNotFoundError as error:
             raise ConfigurationError(
-                f"the driver {error.name} for {self._shown_url} is not installed: pip install 'millrace[postgres]'"
+                f"the driver {error.name} for {self._shown_url} is not installed: pip install '.[postgres]' in "
+                "Millrace's folder"
             ) from error
         self._writer = self._engine.execution_options(is_write=True)
         self._proven: set[Engine] = set()
