@@ -34,10 +34,10 @@ class Summary:
     def text(self, status: JobStatus, output: str) -> str:
         """Numbers, then where the Results are."""
         known = f" ({status.num_cached:,} known already)" if status.num_cached else ""
-        lines = [f"{status.num_ok + status.num_error:,} results: {status.num_ok:,} answers{known}"]
+        lines = [f"{_counted(status.num_ok + status.num_error, 'result')}: {_counted(status.num_ok, 'answer')}{known}"]
         if self._errors:
             codes = ", ".join(f"{code} {number:,}" for code, number in self._errors.most_common())
-            lines[0] += f", {status.num_error:,} error{'s' * (status.num_error != 1)} ({codes})"
+            lines[0] += f", {_counted(status.num_error, 'error')} ({codes})"
         lines.append(f"{status.completion_tokens:,} output tokens")
         if status.computed_tokens != status.completion_tokens:
             lines[-1] += f", {status.completion_tokens - status.computed_tokens:,} of them from known answers"
@@ -46,8 +46,7 @@ class Summary:
         num_retriable = sum(number for code, number in self._errors.items() if code in RETRIABLE_CODES)
         if num_retriable and status.job.state != "cancelled":
             lines.append(
-                f"{num_retriable:,} error{'s' * (num_retriable != 1)} may go away: the same command with "
-                "--retry-errors tries again"
+                f"{_counted(num_retriable, 'error')} may go away: the same command with --retry-errors tries again"
             )
         lines.append(f"written to {shown_output(output)}")
         return "\n".join(lines)
@@ -65,7 +64,11 @@ class Summary:
 def check_any_answer(status: JobStatus, where: str) -> None:
     """Raises ClickException, hence exit code 1, for a Job that has errors and nothing else."""
     if status.num_error and not status.num_ok:
-        raise click.ClickException(f"no line was answered: all {status.num_error:,} results are errors; {where}")
+        raise click.ClickException(f"no line was answered, there is nothing but errors ({status.num_error:,}); {where}")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _excerpt(mark: str, text: str) -> list[str]:

@@ -169,7 +169,7 @@ def test_job_without_any_answer_is_exit_code_1_for_those_who_wait(here: Invoke, 
     for arguments in (["--wait"], ["-o", "out.jsonl"]):
         result = here("submit", "bad.jsonl", *arguments)
         assert result.exit_code == 1
-        assert "Error: no line was answered: all 1 results are errors" in result.stderr
+        assert "Error: no line was answered, there is nothing but errors (1)" in result.stderr
 
 
 def test_status_takes_no_empty_name_and_no_negative_limit(here: Invoke) -> None:

@@ -274,7 +274,9 @@ def test_run_that_answers_no_line_at_all_has_exit_code_1(millrace: Invoke, model
     result = millrace("run", "bad.jsonl", "-o", "out.jsonl", "--model", model)
 
     assert result.exit_code == 1
-    assert result.stderr.endswith("\nError: no line was answered: all 2 results are errors; they are in out.jsonl\n")
+    assert result.stderr.endswith(
+        "\nError: no line was answered, there is nothing but errors (2); they are in out.jsonl\n"
+    )
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
 
 
