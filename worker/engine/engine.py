@@ -138,6 +138,9 @@ class Engine:
         )
         try:
             self._check_vocabulary(sequence)
+            if new.score_from >= 0 and self.loaded.scoring_obstacle is not None:
+                reason = self.loaded.scoring_obstacle
+                raise InvalidRequest("not_scorable", f"this model's prompts cannot be scored: {reason}")
             self.scheduler.add(sequence, sample_of=first)
         except InvalidRequest as error:
             self._refused.append((new.seq_id, error.message))

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from protocol.errors import ConfigurationError
@@ -16,13 +19,17 @@ from worker.engine import attention
 from worker.engine.attention import AttentionTerms
 from worker.engine.kv_cache import LayerShape
 from worker.engine.memory import check_memory
-from worker.engine.probe import probe_packed, probe_padded
+from worker.engine.model_files import weight_files
+from worker.engine.probe import probe_packed, probe_padded, scoring_obstacle
 
 log = logging.getLogger("millrace.engine")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 LAYOUTS = ("auto", "packed", "padded")
+
+#: The number of a layer in the name of its tensors, whatever the family calls its layers.
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 _SUPPORTED = (
     "decoder-only models whose attention goes through transformers' AttentionInterface (among them Llama, Mistral, "
@@ -40,6 +47,7 @@ class LoadedModel:
     layers: list[LayerShape]
     layout: str = "packed"
     attention: str = attention.NAME  # transformers' name of it
+    scoring_obstacle: str | None = None  # why prompts cannot be scored, if they cannot
 
     @property
     def dtype_name(self) -> str:
@@ -91,7 +99,7 @@ def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
     check_memory(folder, device, dtype, settings)
 
     def load(implementation: str | None) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -99,7 +107,10 @@ def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
+        _check_weights(folder, config, found)
+        return model
 
     try:
         try:
@@ -109,9 +120,39 @@ def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
                 raise
             # A class with attention functions of its own has none of our name; it may still run padded.
             model = load(None)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigurationError(_cannot_load(folder, error)) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigurationError(_damage(folder) or _cannot_load(folder, error)) from error
     return adopt(model.to(device), settings)
+
+
+def _check_weights(folder: Path, config: Any, found: Mapping[str, Collection[str]]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers and says so in a warning."""
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigurationError(
+            f"the weights in {folder} lack {len(missing)} tensors that config.json asks for, {missing[0]} among them: "
+            "give a folder whose weights belong to its config.json, with the language model's head"
+        )
+    num_layers = config.get_text_config().num_hidden_layers
+    unexpected = sorted(found["unexpected_keys"])
+    surplus = [name for name in unexpected if any(int(n) >= num_layers for n in _LAYER.findall(name))]
+    if surplus:
+        raise ConfigurationError(
+            f"the weights in {folder} have more than the {num_layers} layers that config.json names ({surplus[0]}): "
+            "give a folder whose weights belong to its config.json"
+        )
+    if unexpected:
+        log.warning("%d tensors of the weights are not used, %s among them", len(unexpected), unexpected[0])
+
+
+def _damage(folder: Path) -> str | None:
+    """Which file of the weights cannot be read, if that is the trouble."""
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (OSError, SafetensorError) as error:
+            return f"{path} is not a complete safetensors file ({error}): download or copy it again"
+    return None
 
 
 def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
@@ -138,7 +179,10 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
         layers,
         layout,
         model.config._attn_implementation,
+        scoring_obstacle(model, config),
     )
+    if loaded.scoring_obstacle is not None:
+        log.warning("prompts cannot be scored: %s", loaded.scoring_obstacle)
     log.info(
         "model type %s: %d layers, %d parameters, %s on %s, up to %d tokens a Sequence",
         config.model_type,

@@ -14,6 +14,7 @@ import torch
 
 from protocol.errors import ConfigurationError
 from protocol.settings import EngineSettings
+from worker.engine.model_files import weight_files
 
 log = logging.getLogger("millrace.engine")
 
@@ -41,8 +42,8 @@ def check_memory(folder: Path, device: torch.device, dtype: torch.dtype, setting
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """What the tensors of a folder's safetensors files take once they are floats of `dtype`."""
-    return sum(num for path in sorted(folder.glob("*.safetensors")) for num in _numels(path)) * dtype.itemsize
+    """What the tensors of a folder's weights take once they are floats of `dtype`."""
+    return sum(num for path in weight_files(folder) for num in _numels(path)) * dtype.itemsize
 
 
 def available_bytes(device: torch.device, settings: EngineSettings) -> int:

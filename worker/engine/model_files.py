@@ -61,6 +61,14 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
     return folder
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads weights from; a repository may hold the same weights in another form too."""
+    for index in sorted(folder.glob("model*.safetensors.index.json")):
+        return sorted({folder / name for name in _shards(index)})
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def files_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of the files that decide answers."""
     paths = sorted({path for pattern in ANSWER_FILES for path in folder.glob(pattern) if path.is_file()})
@@ -85,7 +93,8 @@ def _download(name: str, revision: str | None) -> Path:
 
     patterns = [*ANSWER_FILES, "generation_config.json"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        ignored = ["consolidated*"]  # the same weights again, for other software
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ConfigurationError(

@@ -12,6 +12,7 @@ from worker.engine.attention import AttentionTerms
 from worker.engine.backends.sdpa import attend_causally
 from worker.engine.kv_cache import LayerShape
 from worker.engine.padded_forward import PaddedForward
+from worker.engine.scorer import Scorer
 
 #: Tokens per half of the packed row, and of the longer row of the rectangle.
 _TOKENS = 8
@@ -20,6 +21,8 @@ _FEWER_TOKENS = 5
 #: Two ways to the same logits must agree this well; a model that mixes texts, ignores positions or attends to padding
 #: is off by the size of its logits.
 _TOLERANCE = 0.05
+#: What an exchanged last token may change in the logits before it, of what it changes in its own: nothing but noise.
+_LOOKAHEAD_TOLERANCE = 1e-3
 
 
 @dataclass
@@ -56,7 +59,7 @@ def probe_packed(model: Any, config: Any) -> tuple[dict[int, AttentionTerms], li
             use_cache=False,
             **{attention.STEP: step},
         )
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise ConfigurationError(str(error)) from error
     num_layers = config.num_hidden_layers
     if set(step.shapes) != set(range(num_layers)):
@@ -79,19 +82,52 @@ def probe_padded(model: Any, config: Any) -> list[LayerShape]:
     rectangle = torch.stack((ids, torch.cat((ids.new_zeros(num_pads), fewer))))
     pads = torch.tensor([0, num_pads], device=ids.device)
     forward = PaddedForward(model)
+    other_end = torch.cat((ids[:-1], (ids[-1:] + 1) % int(config.vocab_size)))
     try:
+        change = _logits(model, other_end) - _logits(model, ids)  # (tokens, V)
         alone = [model(input_ids=text.unsqueeze(0), use_cache=False).logits[0, -1] for text in (ids, fewer)]
         forward.run(rectangle[:, :-1], pads, 0)
         together = forward.run(rectangle[:, -1:], pads, len(ids) - 1)[:, -1]
         layers = [(layer.keys, layer.values) for layer in forward.cache.layers]
     except (TypeError, ValueError, AttributeError, NotImplementedError, IndexError, RuntimeError) as error:
         raise ConfigurationError(f"it does not run with a mask and a DynamicCache: {error}") from error
+    if change[:-1].norm() > _LOOKAHEAD_TOLERANCE * change[-1].norm():
+        raise ConfigurationError("its tokens attend to those after them")
     if not all(_agree(row, text) for row, text in zip(together, alone, strict=True)):
         raise ConfigurationError("it does not keep to its mask, its positions or its cache")
     if len(layers) != config.num_hidden_layers:
         raise ConfigurationError(f"{len(layers)} of {config.num_hidden_layers} layers keep keys and values")
     # K and V may differ in size; a shape stands for both together.
     return [LayerShape(k.shape[1], -(-(k.shape[-1] + v.shape[-1]) // 2)) for k, v in layers]
+
+
+@torch.inference_mode()
+def scoring_obstacle(model: Any, config: Any) -> str | None:
+    """Score the probe's tokens and compare with the logits themselves; why it cannot be done, or None."""
+    ids = _tokens(model, config)
+    scorer = Scorer(model)
+    step = {attention.STEP: _WholeStep()} if model.config._attn_implementation == attention.NAME else {}
+    try:
+        with scorer.watch(True):
+            logits = model(input_ids=ids.unsqueeze(0), use_cache=False, **step).logits[0]
+        places = torch.arange(len(ids) - 1, device=ids.device)
+        scores = scorer.score(places, ids[1:], 0)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        return f"its backbone and its head cannot be run apart ({type(error).__name__}: {error})"
+    expected = logits[:-1].float().log_softmax(dim=-1).gather(1, ids[1:, None]).squeeze(1)
+    return None if _agree(expected, scores.logprobs) else "its head gives other logits apart from its backbone"
+
+
+class _WholeStep:
+    """The packed row is one text."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
+        return attend_causally(query, key, value, terms)
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()
+    return logits
 
 
 def _tokens(model: Any, config: Any) -> Tensor:

@@ -37,6 +37,9 @@ class Scores:
 class Scorer:
     def __init__(self, model: Any) -> None:
         self._model = model
+        # Most heads call the base model, some (OPT) its decoder; the outermost that is called is the backbone.
+        decoder = getattr(model.base_model, "decoder", None)
+        self._candidates: list[nn.Module] = [m for m in (decoder, model.base_model) if isinstance(m, nn.Module)]
         self._backbone: nn.Module = model.base_model
         self._output: Any = None
 
@@ -46,11 +49,12 @@ class Scorer:
         if not is_wanted:
             yield
             return
-        hook = self._backbone.register_forward_hook(self._keep)
+        hooks = [module.register_forward_hook(self._keep) for module in self._candidates]
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def score(self, places: Tensor, targets: Tensor, num_top: int) -> Scores:
         """`places` (C,) are indices into the watched forward's tokens, all rows after each other."""
@@ -65,7 +69,7 @@ class Scorer:
         return Scores(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
     def _keep(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        self._output = output
+        self._backbone, self._output = module, output
 
     def _logits(self, output: Any, hidden: Tensor) -> Tensor:
         """hidden (c, E) -> logits (c, V)."""

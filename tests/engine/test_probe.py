@@ -1,0 +1,71 @@
+"""What the probes find out about models that look runnable and are not, or not in the usual way."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocol.errors import ConfigurationError
+from protocol.settings import EngineSettings
+from tests.engine.reference import drive, new_sequence
+from tests.engine.test_scores import assert_scores
+from worker.engine.engine import Engine
+from worker.engine.loader import adopt
+
+CPU = EngineSettings(device="cpu", dtype="float32", kv_tokens=256)
+
+
+def test_a_head_that_calls_the_decoder_itself_is_scored_all_the_same() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=64,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_dim=64,
+            max_position_embeddings=64,
+        )
+    ).eval()
+    prompt = [5, 6, 7, 20, 3]
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0].log_softmax(dim=-1).numpy()
+
+    loaded = adopt(model, CPU)
+    assert loaded.scoring_obstacle is None
+    engine = Engine(loaded, CPU)
+    run = drive(engine, [new_sequence(1, prompt, 0, score_from=1)])
+    assert_scores(run, 1, prompt, 1, 0, expected)
+
+
+def test_a_model_that_cannot_be_scored_refuses_scores_and_still_generates(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import worker.engine.loader
+
+    monkeypatch.setattr(worker.engine.loader, "scoring_obstacle", lambda model, config: "it says so")
+    engine = Engine.start(EngineSettings(model=str(model_folder("llama")), device="cpu", kv_tokens=256))
+    engine.add(new_sequence(1, [5, 6], 0, score_from=1))
+    engine.add(new_sequence(2, [5, 6], 3))
+    frames = []
+    while engine.has_work:
+        frames.append(engine.step())
+    refused = [entry for frame in frames if frame is not None for entry in frame.refused]
+    assert refused == [(1, "this model's prompts cannot be scored: it says so")]
+    assert [entry for frame in frames if frame is not None for entry in frame.finished] == [(2, "length", 3)]
+
+
+def test_a_model_that_looks_ahead_is_refused_however_small_its_weights() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, is_decoder=False,
+    )  # fmt: skip
+    with pytest.raises(ConfigurationError, match="not supported"):
+        adopt(BertLMHeadModel(config).eval(), CPU)
