@@ -214,7 +214,10 @@ class ChunkService:
                 self._is_stopping.wait(_RETRY_S)
 
     def _claim(self, ticket: Ticket) -> None:
-        lease = claim(self._ledger, ticket.chunk_id, self.owner, self._settings.lease_seconds)
+        with self._open_lock:
+            is_held = ticket.chunk_id in self._open
+        # What is being worked on here is not claimed anew, also if this process slept until its lease ran out.
+        lease = None if is_held else claim(self._ledger, ticket.chunk_id, self.owner, self._settings.lease_seconds)
         ticket.accept()
         if lease is None:
             ticket.complete("nothing to do: finished, cancelled, or leased by another worker")
@@ -223,7 +226,9 @@ class ChunkService:
 
     def _claim_oldest(self) -> bool:
         model, lease_s = self._settings.served_model, self._settings.lease_seconds
-        lease = claim_oldest(self._ledger, model, self.owner, lease_s, min_age_s=_IDLE_CLAIM_AGE_S)
+        with self._open_lock:
+            held = list(self._open)
+        lease = claim_oldest(self._ledger, model, self.owner, lease_s, min_age_s=_IDLE_CLAIM_AGE_S, held=held)
         if lease is None:
             return False
         logger.info(
