@@ -6,6 +6,7 @@ Two shapes of line are read: OpenAI's batch lines (`custom_id`, `method`, `url`,
 used becomes a failed Result with its number, and the rest goes on.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
@@ -92,7 +93,18 @@ def encode_item(item: str | Mapping[str, Any]) -> bytes:
 
     Raises TypeError for what JSON cannot express.
     """
-    return msgspec.json.encode({"prompt": item} if isinstance(item, str) else item)
+    return msgspec.json.encode({"prompt": item} if isinstance(item, str) else _spell_out(item))
+
+
+def _spell_out(value: Any) -> Any:
+    """NaN and infinities as text, which the reader refuses by name; JSON would have null, which means unset."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _spell_out(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spell_out(inner) for inner in value] if any(isinstance(inner, float) for inner in value) else value
+    return value
 
 
 def read_line(raw: bytes, number: int, model_names: Sequence[str]) -> Request | Result:

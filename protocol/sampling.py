@@ -17,6 +17,8 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 512
 #: Alternatives per token, OpenAI's limit for chat and vLLM's for everything.
 MAX_LOGPROBS = 20
+#: Logits are divided by it in float32, which must not overflow.
+MIN_REPETITION_PENALTY = 1e-6
 #: Token counts cross to the engine and the database as 32-bit integers.
 MAX_TOKEN_COUNT = 2**31 - 1
 
@@ -70,8 +72,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def _more_checks(self) -> Iterator[tuple[str, object, bool, str]]:
         p, repetition, least, most = self.min_p, self.repetition_penalty, self.min_tokens, self.max_tokens
         yield "min_p", p, p is not None and 0 <= p <= 1, "between 0 and 1"
-        is_valid = repetition is not None and 0 < repetition <= 2
-        yield "repetition_penalty", repetition, is_valid, "above 0 and at most 2"
+        is_valid = repetition is not None and MIN_REPETITION_PENALTY <= repetition <= 2
+        yield "repetition_penalty", repetition, is_valid, f"between {MIN_REPETITION_PENALTY} and 2"
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             yield name, value, value is not None and -2 <= value <= 2, "between -2 and 2"
@@ -161,4 +163,5 @@ def resolve(params: SamplingParams, *, max_tokens: int) -> ResolvedParams:
 
 
 def _or(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
+    # Adding zero turns -0.0 into 0.0, which is another answer key for the same answer otherwise.
+    return default if value is None else float(value) + 0.0

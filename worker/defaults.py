@@ -34,7 +34,7 @@ class ModelDefaults(msgspec.Struct, frozen=True):
     def resolve(self, request: Request, job_params: SamplingParams, context_tokens: int) -> ResolvedParams:
         """Raises InvalidRequest when a parameter is out of range. `context_tokens` bounds an open-ended chat answer."""
         if request.kind == "score":
-            return _resolve_score(request.params)
+            return _resolve_score(request.params.over(job_params))
         params = request.params.over(job_params).over(self.params)
         return resolve(params, max_tokens=context_tokens if request.messages is not None else _COMPLETION_MAX_TOKENS)
 

@@ -406,3 +406,11 @@ def test_score_lines_are_refused_by_what_is_wrong_with_them(line: bytes, code: s
     assert isinstance(refused, Result)
     assert refused.failure is not None
     assert refused.failure.code == code
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_parameter_that_is_no_number_is_refused_and_not_taken_as_unset(value: float) -> None:
+    (failed,) = LineReader([encode_item({"prompt": "a", "temperature": value})], ("m",))
+    assert isinstance(failed, Result)
+    assert failed.failure is not None
+    assert "temperature" in failed.failure.message

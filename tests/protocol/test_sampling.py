@@ -31,7 +31,7 @@ LIMITS = [
     Limits("stop", ((), ("a",) * 16), (("a",) * 17, ("",))),
     Limits("ignore_eos", (True, False), ()),
     Limits("min_p", (0, 1), (-0.1, 1.1, NAN)),
-    Limits("repetition_penalty", (1e-9, 2), (0, -1, 2.1, NAN, INF)),
+    Limits("repetition_penalty", (1e-6, 2), (0, 1e-300, -1, 2.1, NAN, INF)),
     Limits("presence_penalty", (-2, 2), (-2.1, 2.1, NAN)),
     Limits("frequency_penalty", (-2, 2), (-2.1, 2.1, NAN)),
     Limits(
@@ -145,3 +145,8 @@ def test_parameters_survive_json_and_msgpack() -> None:
         assert codec.decode(codec.encode(params), type=SamplingParams) == params
         assert codec.decode(codec.encode(resolved), type=ResolvedParams) == resolved
     assert b'"logit_bias":{"5":1.5}' in msgspec.json.encode(resolved)
+
+
+def test_negative_zero_is_zero_also_in_the_answer_key() -> None:
+    given = SamplingParams(temperature=-0.0, presence_penalty=-0.0, frequency_penalty=-0.0, min_p=-0.0)
+    assert str(resolve(given, max_tokens=5)) == str(resolve(SamplingParams(temperature=0), max_tokens=5))
