@@ -1,20 +1,21 @@
 """PaddedScheduler: rectangles of Sequences of like length, for models that need a mask and a cache of their own.
 
 A rectangle's prompts end in the same column, so those shorter than the longest begin with padding; from there on every
-row gets a token a step. It runs until all its rows have ended, and the next one starts then. Rows that have ended are
-padding too; they are dropped when the steps to come save more than the copy of what stays costs.
+row gets a token a step. It runs until all its rows have ended, and the next one starts then, with the most urgent that
+waits. Rows that have ended are padding too; they are dropped, and their room comes back, when the steps to come save
+more than the copy of what stays costs.
 
 Letters: R rows, W columns of the prompts.
 """
 
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
 from batching.scheduler import Outcome, StepPlan, apply_tokens, check_fits
 from batching.sequence import Sequence, SequenceState
+from batching.urgency_order import UrgencyOrder
 from protocol.errors import InvalidRequest
 
 #: Waiting Sequences from which a rectangle is chosen, as a multiple of its most rows: enough to find like lengths, and
@@ -65,8 +66,9 @@ class PaddedScheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
         self.max_model_len = max_model_len
+        self._num_arrivals = 0
         self._alive: dict[int, Sequence] = {}
-        self._waiting: dict[int, Sequence] = {}  # in the order of arrival
+        self._waiting = UrgencyOrder()
         self._rectangle: list[Sequence] = []
         self._width = 0
         self._column = 0  # the next one
@@ -87,7 +89,10 @@ class PaddedScheduler:
         if seq.seq_id in self._alive:
             raise InvalidRequest("duplicate_sequence", f"Sequence {seq.seq_id} is already here")
         check_fits(seq, self.max_model_len, self.blocks.capacity)
-        self._alive[seq.seq_id] = self._waiting[seq.seq_id] = seq
+        self._num_arrivals += 1
+        seq.arrival = self._num_arrivals
+        self._alive[seq.seq_id] = seq
+        self._waiting.add(seq)
 
     def finish(self, seq_id: int, num_kept: int) -> None:
         """End a Sequence from outside, keeping its first `num_kept` output tokens; an unknown one is ignored."""
@@ -127,32 +132,30 @@ class PaddedScheduler:
         self._rectangle = chosen = self._choose()
         self._width, self._column = max(seq.num_prompt_tokens for seq in chosen), 0
         for row, seq in enumerate(chosen):
-            del self._waiting[seq.seq_id]
+            self._waiting.remove(seq)
             seq.state, seq.row, seq.num_prefill = SequenceState.RUNNING, row, seq.num_prompt_tokens
-        self.blocks.num_free -= _room(chosen)
+        self._reserve(chosen)
         plan.is_new = True
         plan.admitted = list(chosen)
 
     def _choose(self) -> list[Sequence]:
-        """The Sequence that has waited longest, and the nearest to it in length that fit beside it."""
-        window = list(islice(self._waiting.values(), _WINDOW_RECTANGLES * self.max_num_seqs))
-        oldest = window[0]
-        window.sort(key=lambda seq: (seq.num_prompt_tokens, seq.max_tokens))
-        low = window.index(oldest)
-        high = low + 1
-        while high - low < self.max_num_seqs:
-            shorter = window[low - 1] if low > 0 else None
-            longer = window[high] if high < len(window) else None
-            takes_shorter = shorter is not None and (
-                longer is None
-                or oldest.num_prompt_tokens - shorter.num_prompt_tokens
-                <= longer.num_prompt_tokens - oldest.num_prompt_tokens
-            )
-            grown = (low - 1, high) if takes_shorter else (low, high + 1)
-            if grown[1] > len(window) or _room(window[slice(*grown)]) > self.blocks.capacity:
+        """The most urgent Sequence, and those that fit beside it: by priority first, then the nearest in length."""
+        first, *others = self._waiting.first(_WINDOW_RECTANGLES * self.max_num_seqs)
+
+        def distance(seq: Sequence) -> tuple[int, int, int, int]:
+            longer = seq.num_prompt_tokens - first.num_prompt_tokens
+            return seq.priority, abs(longer), longer, abs(seq.max_tokens - first.max_tokens)
+
+        chosen, width, num_outputs = [first], first.num_prompt_tokens, first.max_tokens
+        for seq in sorted(others, key=distance):
+            if len(chosen) == self.max_num_seqs:
                 break
-            low, high = grown
-        return window[low:high]
+            columns = max(width, seq.num_prompt_tokens) + max(num_outputs, seq.max_tokens)
+            # Columns are positions to a model that makes its own mask, those of padding too.
+            if columns <= self.max_model_len and (len(chosen) + 1) * columns <= self.blocks.capacity:
+                chosen.append(seq)
+                width, num_outputs = max(width, seq.num_prompt_tokens), max(num_outputs, seq.max_tokens)
+        return chosen
 
     def _drop_ended(self, plan: PaddedPlan) -> None:
         kept = [row for row, seq in enumerate(self._rectangle) if seq.state is SequenceState.RUNNING]
@@ -162,17 +165,18 @@ class PaddedScheduler:
         if num_ended and num_ended * num_left >= _COPY_COST_STEPS * len(kept):
             plan.kept = kept
             self._rectangle = live
+        self._reserve(live)
+
+    def _reserve(self, live: list[Sequence]) -> None:
+        """Of the cache, what the rectangle takes when the last of its live rows ends."""
+        columns = self._width + max(seq.max_tokens for seq in live)
+        self.blocks.num_free = self.blocks.num_blocks - len(self._rectangle) * columns
 
     def _finish(self, seq: Sequence) -> None:
+        if seq.state is SequenceState.WAITING:
+            self._waiting.remove(seq)
         seq.state = SequenceState.FINISHED
-        self._waiting.pop(seq.seq_id, None)
         del self._alive[seq.seq_id]
         if not self.num_running:
             self._rectangle = []
             self.blocks.num_free = self.blocks.num_blocks
-
-
-def _room(rows: list[Sequence]) -> int:
-    """Tokens of cache that a rectangle of these takes when the last of them ends."""
-    width = max(seq.num_prompt_tokens for seq in rows)
-    return len(rows) * (width + max(seq.max_tokens for seq in rows))
