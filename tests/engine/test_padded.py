@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from protocol.errors import ConfigurationError
 from tests.engine.reference import Reference, Run, collect, drive, new_sequence, random_prompts, settings_for
 from worker.engine.engine import Engine
+from worker.engine.padded_runner import PaddedRunner
 
 
 def test_draws_are_those_of_the_packed_layout(model_folder: Callable[[str], Path]) -> None:
@@ -44,6 +48,78 @@ def test_stop_tokens_and_cancels_end_rows_and_leave_the_others(
     assert run.reasons[0] == "stop"
     assert run.outputs[0] == expected.outputs[0][: expected.outputs[0].index(stop) + 1]
     assert all(run.outputs[i] == expected.outputs[i] for i in run.reasons if i != 0)
+
+
+def test_rows_that_fit_alone_but_not_side_by_side_run_after_each_other(tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPTNeoConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        num_heads=2,
+        window_size=8,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    # 58 columns of prompt and 60 of output would be more than the model's own mask has.
+    sequences = [new_sequence(0, [3] * 58, 6), new_sequence(1, [5], 60)]
+
+    together = drive(Engine.start(settings_for(tmp_path, layout="padded")), sequences)
+    alone = drive(Engine.start(settings_for(tmp_path, layout="padded", max_num_seqs=1)), sequences)
+
+    assert together.reasons == {0: "length", 1: "length"}
+    assert together.outputs == alone.outputs
+
+
+def test_cancelled_rows_free_their_cache_with_the_next_step(
+    model_folder: Callable[[str], Path], reference: Callable[[str], Reference]
+) -> None:
+    expected = reference("bloom")
+    engine = Engine.start(settings_for(model_folder("bloom")))
+    runner = engine.runner
+    assert isinstance(runner, PaddedRunner)
+
+    def cache_bytes() -> list[int]:
+        return [
+            part.untyped_storage().nbytes()
+            for layer in runner._padded.cache.layers
+            for part in (layer.keys, layer.values)
+        ]
+
+    run = Run()
+    for i in range(3):
+        engine.add(new_sequence(i, expected.prompts[i], 40))
+    for _ in range(2):
+        collect(engine, run)
+    width = max(map(len, expected.prompts[:3]))
+    bytes_each = cache_bytes()[0] // (3 * (width + 1))
+    assert cache_bytes() == [3 * (width + 1) * bytes_each] * len(cache_bytes())
+    engine.finish(0, 0)
+    engine.finish(2, 0)
+
+    frame = engine.step()
+
+    assert frame is not None
+    assert frame.num_free_blocks == 8192 - (width + 40)
+    assert cache_bytes() == [(width + 2) * bytes_each] * len(cache_bytes())
+    run.outputs[1] += np.frombuffer(frame.token_ids, "<i4").tolist()
+    while engine.has_work:
+        collect(engine, run)
+    assert run.outputs[1] == expected.outputs[1]
+
+
+@pytest.mark.parametrize("kv_tokens", [-5, 0, 1])
+def test_a_cache_too_small_for_any_sequence_is_refused_alike_in_both_layouts(
+    kv_tokens: int, model_folder: Callable[[str], Path]
+) -> None:
+    for layout in ("packed", "padded"):
+        with pytest.raises(ConfigurationError, match=f"^engine.kv_tokens={kv_tokens} is too small: .* at least 2$"):
+            Engine.start(settings_for(model_folder("llama"), layout=layout, kv_tokens=kv_tokens))
 
 
 @pytest.mark.parametrize(("layout", "is_wasteful"), [("packed", False), ("padded", True)])

@@ -209,7 +209,9 @@ class Engine:
 
 
 def _check(settings: EngineSettings) -> None:
-    for name, least in (("max_batch_tokens", 1), ("max_num_seqs", 1), ("max_model_len", 2), ("num_threads", 1)):
+    # A Sequence is a prompt of one token and an output of one, at least.
+    limits = {"max_batch_tokens": 1, "max_num_seqs": 1, "max_model_len": 2, "kv_tokens": 2, "num_threads": 1}
+    for name, least in limits.items():
         value = getattr(settings, name)
         if value is not None and value < least:
             raise ConfigurationError(f"engine.{name}={value} is too small: it must be at least {least}")
