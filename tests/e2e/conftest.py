@@ -1,6 +1,7 @@
 """The console script as real processes, with a model that is made in a moment."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,6 +52,8 @@ class Running:
             text=True,
             cwd=folder,
             env=environ,
+            # As a terminal starts it, also when these tests run in the background of a shell, which ignores SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.seen: set[int] = set()
 
