@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from protocol.frames import NewSequence
+from tests.engine.families import FAMILIES
 from tests.engine.reference import (
     Reference,
     Run,
@@ -21,7 +22,8 @@ from tests.engine.reference import (
 )
 from worker.engine.engine import Engine
 
-FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+EVERY_FAMILY = pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.is_packable])
+SOME_FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 #: Enough for Sequences to outgrow the room that was seen for them when they were admitted.
 NUM_TOKENS = 48
 LOOKAHEADS = pytest.mark.parametrize("lookahead", [0, 1])
@@ -59,7 +61,7 @@ def samples_of(first: NewSequence, num: int) -> list[NewSequence]:
 
 @pytest.mark.parametrize("prefix_reuse", [True, False])
 @LOOKAHEADS
-@FAMILIES
+@EVERY_FAMILY
 def test_prompts_that_begin_alike_get_the_text_they_get_alone(
     family: str,
     lookahead: int,
@@ -84,7 +86,7 @@ def test_prompts_that_begin_alike_get_the_text_they_get_alone(
 
 @pytest.mark.parametrize("prefix_reuse", [True, False])
 @LOOKAHEADS
-@FAMILIES
+@EVERY_FAMILY
 def test_greedy_samples_of_one_prompt_get_the_text_it_gets_alone(
     family: str,
     lookahead: int,
@@ -110,7 +112,7 @@ def test_greedy_samples_of_one_prompt_get_the_text_it_gets_alone(
 
 
 @LOOKAHEADS
-@FAMILIES
+@SOME_FAMILIES
 def test_seeded_samples_of_one_prompt_draw_what_they_draw_alone(
     family: str, lookahead: int, model_folder: Callable[[str], Path]
 ) -> None:
