@@ -3,16 +3,12 @@
 Letters: T tokens, N alternatives asked for.
 """
 
-import struct
 from collections.abc import Callable, Sequence
 
 import msgspec
 import zstandard
 
-#: zstd's default: the bytes of float32 hardly shrink, the repeated token ids and texts do.
-_COMPRESSION_LEVEL = 3
-#: What stands for minus infinity, which JSON cannot say; OpenAI's number.
-_LEAST = -9999.0
+from protocol.packing import COMPRESSION_LEVEL, pack_ints, unpack_floats, unpack_ints
 
 
 class _Packed(msgspec.Struct, frozen=True, array_like=True):
@@ -52,16 +48,16 @@ def pack_logprobs(token_ids: Sequence[int], pieces: Sequence[bytes], token_bytes
     width = 4 * num_top
     rows = [(piece[:4], piece[4 : 4 + width], piece[4 + width :]) for piece in pieces]
     logprobs, top_ids, top_logprobs = (b"".join(part) for part in zip(*rows, strict=True)) if rows else (b"",) * 3
-    used = {*token_ids, *_ints(top_ids)}
+    used = {*token_ids, *unpack_ints(top_ids)}
     packed = _Packed(
         num_top,
-        struct.pack(f"<{len(token_ids)}i", *token_ids),
+        pack_ints(token_ids),
         logprobs,
         top_ids,
         top_logprobs,
         {token: token_bytes(token) for token in sorted(used)},
     )
-    return zstandard.compress(_encode(packed), _COMPRESSION_LEVEL)
+    return zstandard.compress(_encode(packed), COMPRESSION_LEVEL)
 
 
 def unpack_logprobs(blob: bytes) -> Logprobs:
@@ -70,22 +66,16 @@ def unpack_logprobs(blob: bytes) -> Logprobs:
     tokens = {token: (text.decode(errors="replace"), list(text)) for token, text in packed.texts.items()}
     num_top = packed.num_top
     top = []
-    for token, logprob in zip(_ints(packed.top_ids), _floats(packed.top_logprobs), strict=True):
+    for token, logprob in zip(unpack_ints(packed.top_ids), unpack_floats(packed.top_logprobs), strict=True):
         text, raw = tokens[token]
         top.append(TopLogprob(text, logprob, raw))
     content = []
-    for i, (token, logprob) in enumerate(zip(_ints(packed.token_ids), _floats(packed.logprobs), strict=True)):
+    for i, (token, logprob) in enumerate(
+        zip(unpack_ints(packed.token_ids), unpack_floats(packed.logprobs), strict=True)
+    ):
         text, raw = tokens[token]
         content.append(TokenLogprob(text, logprob, raw, top[i * num_top : (i + 1) * num_top]))
     return Logprobs(content)
-
-
-def _ints(data: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(data) // 4}i", data)
-
-
-def _floats(data: bytes) -> list[float]:
-    return [max(value, _LEAST) for value in struct.unpack(f"<{len(data) // 4}f", data)]
 
 
 _encode = msgspec.msgpack.Encoder().encode

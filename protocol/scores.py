@@ -1,15 +1,12 @@
 """Scores: what a model says of given tokens, packed for storage and unpacked for the reader."""
 
 import math
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
 import zstandard
 
-_COMPRESSION_LEVEL = 3
-#: What stands for minus infinity, which JSON cannot say; OpenAI's number.
-_LEAST = -9999.0
+from protocol.packing import COMPRESSION_LEVEL, unpack_floats, unpack_ints
 
 
 class ScoredTokens(msgspec.Struct, frozen=True, array_like=True):
@@ -55,11 +52,11 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def pack_score(tokens: ScoredTokens) -> bytes:
-    return zstandard.compress(_encode(tokens), _COMPRESSION_LEVEL)
+    return zstandard.compress(_encode(tokens), COMPRESSION_LEVEL)
 
 
 def with_texts(tokens: ScoredTokens, token_bytes: Callable[[int], bytes]) -> ScoredTokens:
-    used = {*_ints(tokens.token_ids), *_ints(tokens.top_ids)}
+    used = {*unpack_ints(tokens.token_ids), *unpack_ints(tokens.top_ids)}
     return msgspec.structs.replace(tokens, texts={token: token_bytes(token) for token in sorted(used)})
 
 
@@ -67,10 +64,10 @@ def unpack_score(blob: bytes) -> Score:
     """The inverse of `pack_score`."""
     packed = _decode(zstandard.decompress(blob))
     texts = {token: text.decode(errors="replace") for token, text in packed.texts.items()}
-    ids, logprobs, ranks = _ints(packed.token_ids), _floats(packed.logprobs), _ints(packed.ranks)
+    ids, logprobs, ranks = unpack_ints(packed.token_ids), unpack_floats(packed.logprobs), unpack_ints(packed.ranks)
     top = [
         Alternative(texts.get(token, ""), token, logprob)
-        for token, logprob in zip(_ints(packed.top_ids), _floats(packed.top_logprobs), strict=True)
+        for token, logprob in zip(unpack_ints(packed.top_ids), unpack_floats(packed.top_logprobs), strict=True)
     ]
     num_top, total = packed.num_top, math.fsum(logprobs)
     return Score(
@@ -97,18 +94,6 @@ def _perplexity(total: float, num_tokens: int) -> float:
         return math.exp(-total / max(num_tokens, 1))
     except OverflowError:
         return 1.7976931348623157e308
-
-
-def pack_ints(values: Sequence[int]) -> bytes:
-    return struct.pack(f"<{len(values)}i", *values)
-
-
-def _ints(data: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(data) // 4}i", data)
-
-
-def _floats(data: bytes) -> list[float]:
-    return [max(value, _LEAST) for value in struct.unpack(f"<{len(data) // 4}f", data)]
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from protocol.frames import TokenScores
+from protocol.packing import pack_ints
 from protocol.requests import Failure, Request
-from protocol.scores import ScoredTokens, pack_ints, pack_score, with_texts
+from protocol.scores import ScoredTokens, pack_score, with_texts
 
 Encode = Callable[[str], list[int]]
 
