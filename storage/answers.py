@@ -91,17 +91,22 @@ def find_answers(ledger: Ledger, keys: Iterable[bytes]) -> dict[bytes, Answer]:
         found = {}
         for batch in _batches(wanted):
             for row in connection.execute(select(answers).where(answers.c.key.in_(batch))):
-                found[row.key] = Answer(
-                    text=row.text,
-                    finish_reason=row.finish_reason,
-                    prompt_tokens=row.prompt_tokens,
-                    completion_tokens=row.completion_tokens,
-                    logprobs=row.logprobs,
-                    score=row.score,
-                )
+                found[row.key] = to_answer(row)
         return found
 
     return ledger.read(work) if wanted else {}
+
+
+def to_answer(row: Any) -> Answer:
+    """Of a row with an answer's columns, here or among the Results."""
+    return Answer(
+        text=row.text,
+        finish_reason=row.finish_reason,
+        prompt_tokens=row.prompt_tokens,
+        completion_tokens=row.completion_tokens,
+        logprobs=row.logprobs,
+        score=row.score,
+    )
 
 
 def insert_answers(connection: Connection, new: Mapping[bytes, Answer]) -> None:

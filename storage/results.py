@@ -10,7 +10,7 @@ from sqlalchemy import Connection, bindparam, select, tuple_, update
 
 from protocol.requests import Answer, Failure, Result
 from protocol.sampling import ResolvedParams
-from storage.answers import insert_answers
+from storage.answers import insert_answers, to_answer
 from storage.insertion import insert_new
 from storage.leases import Lease, lock_chunks
 from storage.ledger import Ledger
@@ -100,14 +100,7 @@ def to_row(job_id: str, attempt: int, result: Result) -> dict[str, Any]:
 def _from_row(row: Any) -> Result:
     answer = failure = None
     if row.error_code is None:
-        answer = Answer(
-            text=row.text,
-            finish_reason=row.finish_reason,
-            prompt_tokens=row.prompt_tokens,
-            completion_tokens=row.completion_tokens,
-            logprobs=row.logprobs,
-            score=row.score,
-        )
+        answer = to_answer(row)
     else:
         failure = Failure(row.error_code, row.error_message)
     return Result(
