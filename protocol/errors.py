@@ -11,8 +11,7 @@ MillraceError
     ├── BrokerUnavailable    Redis does not answer
     ├── DatabaseUnavailable  the SQL database does not answer
     ├── EngineDied           the engine process ended without being asked to
-    ├── WorkerDied           a worker on this machine does not start, or keeps ending without being asked to
-    └── LeaseLost            somebody else holds the Chunk by now; what was computed for it is dropped
+    └── WorkerDied           a worker on this machine does not start, or keeps ending without being asked to
 
 Anything else that is raised is our bug and is logged with its traceback.
 """
@@ -69,7 +68,3 @@ class EngineDied(Unavailable):
 
 class WorkerDied(Unavailable):
     """A worker on this machine does not start, or keeps ending without being asked to."""
-
-
-class LeaseLost(Unavailable):
-    """The Chunk belongs to another attempt by now."""

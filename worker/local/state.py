@@ -8,7 +8,6 @@ from types import TracebackType
 
 from protocol.errors import ConfigurationError, StateLocked
 
-DEFAULT_STATE_FOLDER = ".millrace"
 #: Seconds a killed run's last processes may take to end; they hold its lock until they have.
 _ORPHANS_END_S = 20.0
 _POLL_S = 0.1
