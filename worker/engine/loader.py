@@ -1,25 +1,20 @@
 """Loading: a folder becomes a model, on its device and in its dtype, whose layers all run packed and paged."""
 
-import json
 import logging
-import re
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from protocol.errors import ConfigurationError
 from protocol.settings import EngineSettings
 from worker.engine import attention
 from worker.engine.attention import AttentionTerms
+from worker.engine.checkpoint import read_config, read_model
 from worker.engine.kv_cache import LayerShape
 from worker.engine.memory import check_memory
-from worker.engine.model_files import weight_files
 from worker.engine.probe import probe_packed, probe_padded, scoring_obstacle
 
 log = logging.getLogger("millrace.engine")
@@ -27,9 +22,6 @@ log = logging.getLogger("millrace.engine")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 LAYOUTS = ("auto", "packed", "padded")
-
-#: The number of a layer in the name of its tensors, whatever the family calls its layers.
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
 _SUPPORTED = (
     "decoder-only models whose attention goes through transformers' AttentionInterface (among them Llama, Mistral, "
@@ -83,76 +75,15 @@ def choose_dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
 
 def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
     """Raises ConfigurationError for a model that cannot be read or that the engine cannot run."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     device = choose_device(settings)
     dtype = choose_dtype(settings, device)
     attention.register()
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigurationError(_cannot_load(folder, error)) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigurationError(
-            f"the model in {folder} is quantized, which the engine does not run yet: use its unquantized original"
-        )
+    config = read_config(folder, _SUPPORTED)
     check_memory(folder, device, dtype, settings)
-
-    def load(implementation: str | None) -> Any:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=implementation,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        _check_weights(folder, config, found)
-        return model
-
-    try:
-        try:
-            model = load(attention.NAME)
-        except (ValueError, KeyError) as error:
-            if attention.NAME not in str(error):
-                raise
-            # A class with attention functions of its own has none of our name; it may still run padded.
-            model = load(None)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ConfigurationError(_damage(folder) or _cannot_load(folder, error)) from error
+    model = read_model(AutoModelForCausalLM, folder, config, dtype, attention.NAME, _SUPPORTED)
     return adopt(model.to(device), settings)
-
-
-def _check_weights(folder: Path, config: Any, found: Mapping[str, Collection[str]]) -> None:
-    """transformers fills what a checkpoint lacks with random numbers and says so in a warning."""
-    if missing := sorted(found["missing_keys"]):
-        raise ConfigurationError(
-            f"the weights in {folder} lack {len(missing)} tensors that config.json asks for, {missing[0]} among them: "
-            "give a folder whose weights belong to its config.json, with the language model's head"
-        )
-    num_layers = config.get_text_config().num_hidden_layers
-    unexpected = sorted(found["unexpected_keys"])
-    surplus = [name for name in unexpected if any(int(n) >= num_layers for n in _LAYER.findall(name))]
-    if surplus:
-        raise ConfigurationError(
-            f"the weights in {folder} have more than the {num_layers} layers that config.json names ({surplus[0]}): "
-            "give a folder whose weights belong to its config.json"
-        )
-    if unexpected:
-        log.warning("%d tensors of the weights are not used, %s among them", len(unexpected), unexpected[0])
-
-
-def _damage(folder: Path) -> str | None:
-    """Which file of the weights cannot be read, if that is the trouble."""
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except (OSError, SafetensorError) as error:
-            return f"{path} is not a complete safetensors file ({error}): download or copy it again"
-    return None
 
 
 def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
@@ -270,20 +201,3 @@ def _check_windows(config: Any, terms: dict[int, AttentionTerms], max_model_len:
 
 def _unsupported(config: Any, reason: str) -> str:
     return f"models of type {config.model_type!r} are not supported ({reason}). Supported are {_SUPPORTED}"
-
-
-def _cannot_load(folder: Path, error: Exception) -> str:
-    """transformers' own words are long, and name ways out that are none here."""
-    model_type = _model_type(folder)
-    if model_type is not None and repr(model_type) in str(error).replace("`", "'"):
-        known = f"transformers {version('transformers')}"
-        return f"models of type {model_type!r} are unknown to {known}. Supported are {_SUPPORTED}"
-    return f"transformers cannot load the model in {folder}: {error}"
-
-
-def _model_type(folder: Path) -> str | None:
-    try:
-        model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return model_type if isinstance(model_type, str) else None
