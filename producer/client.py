@@ -47,9 +47,11 @@ RETRIABLE_CODES = frozenset(
         "empty_prompt",
         "engine_died",
         "engine_refused",
+        "invalid_dimensions",
         "internal_error",
         "no_chat_template",
         "prompt_too_long",
+        "unsupported_kind",
     }
 )
 
@@ -312,5 +314,11 @@ class _Pauses:
 
 
 def _text_bytes(request: Request) -> int:
-    texts = [request.prompt or ""] + [message.content for message in request.messages or ()]
-    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    texts = [
+        request.prompt,
+        request.context,
+        request.continuation,
+        *(message.content for message in request.messages or ()),
+    ]
+    texts += [text for text in request.inputs or () if isinstance(text, str)]
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts if text)

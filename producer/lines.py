@@ -2,18 +2,19 @@
 
 Two shapes of line are read: OpenAI's batch lines (`custom_id`, `method`, `url`, `body`) and plain ones (`prompt` or
 `messages`, an optional `id` or `custom_id`, and sampling parameters beside them). Plain lines may also ask for scores:
-`{"context": ..., "continuation": ...}`, or `{"kind": "score", "text": ...}` for all of a text. A line that cannot be
-used becomes a failed Result with its number, and the rest goes on.
+`{"context": ..., "continuation": ...}`, or `{"kind": "score", "text": ...}` for all of a text; for an embedding,
+`{"input": ...}`; or for a classification, `{"kind": "classify", "input": ...}`. A line that cannot be used becomes a
+failed Result with its number, and the rest goes on.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import msgspec
 
 from protocol.errors import InvalidRequest
-from protocol.requests import Endpoint, Failure, Message, Request, Result
+from protocol.requests import EncodingFormat, Endpoint, Failure, Kind, Message, Request, Result
 from protocol.sampling import MAX_LOGPROBS, MAX_TOKEN_COUNT, SamplingParams
 
 #: A longer line is refused without being read whole: it is a file without line breaks more often than a prompt.
@@ -31,7 +32,18 @@ _PLAIN_FIELDS = frozenset({"id", "custom_id", "model", "prompt", "messages", "ki
 _SCORE_FIELDS = frozenset({"id", "custom_id", "model", "kind", "context", "continuation", "text"})
 #: The one parameter that means something for a score: how many alternatives are told with each token.
 _SCORE_PARAMETER = "prompt_logprobs"
-_CONTENT_FIELD: dict[Endpoint, str] = {"/v1/chat/completions": "messages", "/v1/completions": "prompt"}
+_CONTENT_FIELD: dict[Endpoint, str] = {
+    "/v1/chat/completions": "messages",
+    "/v1/completions": "prompt",
+    "/v1/embeddings": "input",
+    "/classify": "input",
+}
+_POOLED_KIND: dict[Endpoint, Kind] = {"/v1/embeddings": "embed", "/classify": "classify"}
+#: `kind` may be left out for an embedding.
+_POOLED_FIELDS = frozenset({"id", "custom_id", "kind"})
+_EMBED_FIELDS = frozenset({"dimensions", "encoding_format"})
+#: Inputs of one line, as at OpenAI: more are better expressed as more lines, which spread over Chunks.
+MAX_INPUTS = 2048
 #: Told to OpenAI about the caller, not about the answer.
 _IGNORED_FIELDS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
 #: OpenAI's and vLLM's parameters that are not supported, with the values that ask for nothing and so may stay.
@@ -117,6 +129,8 @@ def read_line(raw: bytes, number: int, model_names: Sequence[str]) -> Request | 
         if "continuation" in fields or fields.get("kind") == "score":
             return _read_score(fields, number, custom_id, model_names)
         if "body" not in fields and "url" not in fields:
+            if "input" in fields or fields.get("kind") in _POOLED_KIND.values():
+                return _read_pooled(fields, number, custom_id, "plain", model_names)
             return _read_plain(fields, number, custom_id, model_names)
         endpoint = _read_envelope(fields)
         return _read_body(fields.get("body"), number, custom_id, endpoint, model_names)
@@ -181,7 +195,9 @@ def _read_plain(fields: dict[str, Any], number: int, custom_id: str | None, mode
         if name not in _PLAIN_FIELDS and name not in _PARAMETERS and name != "top_logprobs":
             _refuse_field(name)
     if fields.get("kind") not in (None, "generate"):
-        raise InvalidRequest("invalid_parameter", f"kind={fields['kind']!r} is unknown: it is generate or score")
+        raise InvalidRequest(
+            "invalid_parameter", f"kind={fields['kind']!r} is unknown: it is one of {', '.join(get_args(Kind))}"
+        )
     _check_model(fields.get("model"), model_names)
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if prompt is None and messages is None:
@@ -225,6 +241,72 @@ def _read_score(fields: dict[str, Any], number: int, custom_id: str | None, mode
     )
 
 
+def _read_pooled(
+    fields: dict[str, Any], number: int, custom_id: str | None, endpoint: Endpoint, model_names: Sequence[str]
+) -> Request:
+    """Of a plain line, or of the body of a batch line."""
+    kind: Kind = _POOLED_KIND.get(endpoint) or fields.get("kind") or "embed"
+    if kind not in _POOLED_KIND.values():
+        raise InvalidRequest("invalid_parameter", f"kind={kind!r} does not go with input: it is embed or classify")
+    own = _POOLED_FIELDS if endpoint == "plain" else _IGNORED_FIELDS
+    for name, value in fields.items():
+        if name in ("input", "model") or name in own or (name in _EMBED_FIELDS and kind == "embed"):
+            continue
+        if name in _PARAMETERS or name in _EMBED_FIELDS:
+            if value is not None:
+                raise InvalidRequest("unsupported_parameter", f"{name} means nothing for kind {kind}: leave it out")
+        elif name not in _UNSUPPORTED:
+            raise InvalidRequest(
+                "unknown_field", f"{name!r} is not a field of a line of kind {kind}, which needs input"
+            )
+        elif value is not None:
+            _refuse_field(name)
+    _check_model(fields.get("model"), model_names)
+    if fields.get("input") is None:
+        raise InvalidRequest("missing_field", f"a line of kind {kind} needs input")
+    text, token_ids, inputs = _input(fields["input"])
+    return Request(
+        line=number,
+        kind=kind,
+        endpoint=endpoint,
+        prompt=text,
+        prompt_token_ids=token_ids,
+        inputs=inputs,
+        custom_id=custom_id,
+        dimensions=_dimensions(fields.get("dimensions")),
+        encoding_format=_encoding_format(fields.get("encoding_format")),
+    )
+
+
+def _input(
+    given: object,
+) -> tuple[str | None, tuple[int, ...] | None, tuple[str | tuple[int, ...], ...] | None]:
+    """Text, token ids, or several of either."""
+    if not isinstance(given, list) or not given or isinstance(given[0], int):
+        return *_prompt(given, "input"), None
+    if len(given) > MAX_INPUTS:
+        raise InvalidRequest("invalid_parameter", f"input has {len(given)} entries: it may have at most {MAX_INPUTS}")
+    inputs: list[str | tuple[int, ...]] = []
+    for index, each in enumerate(given):
+        text, token_ids = _prompt(each, f"input[{index}]")
+        inputs.append(token_ids or () if text is None else text)
+    return None, None, tuple(inputs)
+
+
+def _dimensions(value: object) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_TOKEN_COUNT):
+        return value
+    raise InvalidRequest("invalid_parameter", f"dimensions={value!r} is out of range: it must be a number from 1 on")
+
+
+def _encoding_format(value: object) -> EncodingFormat:
+    if value in (None, "float"):
+        return "float"
+    if value == "base64":
+        return "base64"
+    raise InvalidRequest("invalid_parameter", f"encoding_format={value!r} is unknown: it is float or base64")
+
+
 def _text(fields: dict[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is not None and not isinstance(value, str):
@@ -239,6 +321,8 @@ def _read_body(
         raise InvalidRequest("missing_field", "a batch line needs body")
     if not isinstance(body, dict):
         raise InvalidRequest("invalid_type", f"body must be an object, not {_type_name(body)}")
+    if endpoint in _POOLED_KIND:
+        return _read_pooled(body, number, custom_id, endpoint, model_names)
     content_field = _CONTENT_FIELD[endpoint]
     for name, value in body.items():
         _check_body_field(name, value, content_field)
@@ -293,21 +377,21 @@ def _check_model(asked: object, model_names: Sequence[str]) -> None:
     )
 
 
-def _prompt(prompt: object) -> tuple[str | None, tuple[int, ...] | None]:
+def _prompt(prompt: object, name: str = "prompt") -> tuple[str | None, tuple[int, ...] | None]:
     """Text, or token ids."""
     if isinstance(prompt, str):
         return prompt, None
     if not isinstance(prompt, list):
-        raise InvalidRequest("invalid_type", f"prompt must be a string or token ids, not {_type_name(prompt)}")
+        raise InvalidRequest("invalid_type", f"{name} must be a string or token ids, not {_type_name(prompt)}")
     if prompt and isinstance(prompt[0], str | list):
-        raise InvalidRequest("invalid_type", "prompt must be one prompt: give each prompt of a list a line of its own")
+        raise InvalidRequest("invalid_type", f"{name} must be one text: give each of a list a line of its own")
     for index, token in enumerate(prompt):
         if not isinstance(token, int) or isinstance(token, bool):
-            raise InvalidRequest("invalid_type", f"prompt[{index}] must be a token id, not {_type_name(token)}")
+            raise InvalidRequest("invalid_type", f"{name}[{index}] must be a token id, not {_type_name(token)}")
         if not 0 <= token <= MAX_TOKEN_COUNT:
-            raise InvalidRequest("invalid_token", f"prompt[{index}]={token} is no token id")
+            raise InvalidRequest("invalid_token", f"{name}[{index}]={token} is no token id")
     if not prompt:
-        raise InvalidRequest("empty_prompt", "prompt has no token ids: it needs at least one")
+        raise InvalidRequest("empty_prompt", f"{name} has no token ids: it needs at least one")
     return None, tuple(prompt)
 
 

@@ -4,6 +4,8 @@ Every object has the same keys: `line` and `sample` say which, `custom_id` is th
 `usage` are null in an error, `error` is null in an answer; `cached` says that nothing was computed for it; `params` are
 the resolved parameters, null when the line was refused before they were known. `logprobs` is there only where they were
 asked for, in OpenAI's shape. `score` is there for lines of kind score and for prompt_logprobs: protocol.scores.Score.
+`embedding` is there for lines of kind embed: numbers, or base64 where that was asked for; `classification` for lines of
+kind classify, whose `text` is the label: protocol.pooling.Classification.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import msgspec
 
 from protocol.errors import ConfigurationError
 from protocol.logprobs import Logprobs, unpack_logprobs
+from protocol.pooling import Classification, show_embedding, unpack_classification
 from protocol.requests import Failure, Result
 from protocol.sampling import ResolvedParams
 from protocol.scores import Score, unpack_score
@@ -44,6 +47,8 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True):
     params: ResolvedParams | None
     logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
     score: Score | msgspec.UnsetType = msgspec.UNSET
+    embedding: list[float] | str | msgspec.UnsetType = msgspec.UNSET
+    classification: Classification | msgspec.UnsetType = msgspec.UNSET
 
 
 _encode = msgspec.json.Encoder().encode
@@ -64,8 +69,19 @@ def encode_result(result: Result) -> bytes:
         params=result.params,
         logprobs=msgspec.UNSET if answer is None or answer.logprobs is None else unpack_logprobs(answer.logprobs),
         score=msgspec.UNSET if answer is None or answer.score is None else unpack_score(answer.score),
+        embedding=_embedding(result),
+        classification=msgspec.UNSET
+        if answer is None or answer.classification is None
+        else unpack_classification(answer.classification),
     )
     return _encode(line) + b"\n"
+
+
+def _embedding(result: Result) -> list[float] | str | msgspec.UnsetType:
+    if result.answer is None or result.answer.embedding is None:
+        return msgspec.UNSET
+    is_base64 = result.params is not None and result.params.encoding_format == "base64"
+    return show_embedding(result.answer.embedding, "base64" if is_base64 else "float")
 
 
 class ResultsFile:

@@ -32,7 +32,8 @@ class LogitTerms(msgspec.Struct, frozen=True, array_like=True):
 class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     """One sample to generate. `token_ids` is little-endian int32; `seed` is set for every Sequence that draws.
 
-    With max_tokens=0 nothing is generated: the prompt is put through the model for its scores.
+    With max_tokens=0 nothing is generated: the prompt is put through the model for its scores, or for what an engine
+    of another task makes of it.
     `terms` is None for logits that stay as they are; `logprobs` is None when no log-probabilities are wanted.
     `sample_of` is the seq_id of one sent before in the same Intake: the prompt is that one's, `token_ids` is empty, and
     the prompt is computed once for all its samples. Lower `priority` is more urgent, then an earlier `deadline` (in
@@ -83,6 +84,9 @@ class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     layout: str = "packed"  # or padded
     num_devices: int = 1  # GPUs that engines of these settings may spread over
     vocab_size: int = 0
+    task: str = "generate"  # or embed, or classify: what the engine does with every Sequence it gets
+    num_dimensions: int = 0  # of an embedding
+    labels: tuple[str, ...] = ()  # of a classification
 
 
 class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
@@ -136,6 +140,8 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     logprobs: list[tuple[int, bytes]] = []
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0  # since the last frame
+    #: (seq_id, values) of those finished: an embedding, or the labels' probabilities (little-endian float32).
+    pooled: list[tuple[int, bytes]] = []
 
 
 Frame = Intake | EngineReady | EngineFailed | StepFrame

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import zstandard
@@ -10,8 +10,10 @@ import zstandard
 from protocol.sampling import ResolvedParams, SamplingParams
 
 #: Where a Request came from decides its output shape and, as at OpenAI, its default max_tokens.
-Endpoint = Literal["plain", "/v1/completions", "/v1/chat/completions"]
-Kind = Literal["generate", "score"]
+Endpoint = Literal["plain", "/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/classify"]
+Kind = Literal["generate", "score", "embed", "classify"]
+#: How an embedding is shown: its storage is the same.
+EncodingFormat = Literal["float", "base64"]
 
 #: zstd level of stored Chunks: 3 is the library's default and compresses JSON-like text at several hundred MB/s.
 _COMPRESSION_LEVEL = 3
@@ -28,7 +30,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One prompt with its parameters; `line` counts from 1.
 
     To generate, exactly one of `prompt`, `prompt_token_ids` and `messages` is set. To score, either `prompt`, all of
-    whose tokens are scored, or `continuation`, scored behind `context`.
+    whose tokens are scored, or `continuation`, scored behind `context`. To embed or classify, `prompt` or
+    `prompt_token_ids`, or several of them in `inputs`, each of which is a sample of the Result.
     """
 
     line: int
@@ -41,6 +44,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_token_ids: tuple[int, ...] | None = None
     context: str | None = None
     continuation: str | None = None
+    inputs: tuple[str | tuple[int, ...], ...] | None = None
+    dimensions: int | None = None  # of an embedding: so many of its first, None: all
+    encoding_format: EncodingFormat = "float"  # of an embedding
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -59,6 +65,8 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int
     logprobs: bytes | None = None  # protocol.logprobs.pack_logprobs; None when not asked for
     score: bytes | None = None  # protocol.scores.pack_score, of the prompt's tokens; None when not asked for
+    embedding: bytes | None = None  # little-endian float32; None for other kinds
+    classification: bytes | None = None  # protocol.pooling.pack_classification; None for other kinds
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,14 +100,16 @@ def unpack_requests(blob: bytes) -> list[Request]:
 def answer_key(tenant: str, fingerprint: str, request: Request, params: ResolvedParams, sample: int) -> bytes:
     """32 bytes that name an answer: equal keys have equal answers.
 
-    SHA-256 over everything that can change the answer. `n` only says how many samples there are, and all greedy
-    samples are the same one, so neither enters the key.
+    SHA-256 over everything that can change the answer. `n` only says how many samples there are, how an embedding is
+    shown does not change it, and all greedy samples are the same one, so none of them enters the key.
     """
     if not params.is_cacheable:
         raise ValueError("an unseeded draw has no answer key")
-    values = [getattr(params, name) for name in params.__struct_fields__ if name != "n"]
-    parameters = [sorted(value.items()) if isinstance(value, dict) else value for value in values]
+    fields = [name for name in params.__struct_fields__ if name not in ("n", "encoding_format")]
+    parameters: list[Any] = [getattr(params, name) for name in fields]
+    parameters = [sorted(value.items()) if isinstance(value, dict) else value for value in parameters]
+    parameters = [None if value is msgspec.UNSET else value for value in parameters]
     parameters.append(0 if params.is_greedy else sample)
-    content = [2, tenant, fingerprint, request.kind, request.prompt, request.prompt_token_ids, request.messages]
+    content = [3, tenant, fingerprint, request.kind, request.prompt, request.prompt_token_ids, request.messages]
     content += [request.context, request.continuation]
     return hashlib.sha256(_encode([*content, parameters])).digest()

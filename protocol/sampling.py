@@ -118,6 +118,9 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()  # as given: those of the model are no parameter
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    # Of an embedding alone, and shown with nothing else.
+    dimensions: int | msgspec.UnsetType | None = msgspec.UNSET
+    encoding_format: str | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def is_greedy(self) -> bool:

@@ -46,6 +46,8 @@ _LIMITS: dict[str, tuple[float, float]] = {
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "log_level": LOG_LEVELS,
+    "engine.task": ("auto", "generate", "embed", "classify"),
+    "engine.pooling": ("auto", "mean", "last", "cls"),
     "engine.dtype": ("auto", "float32", "bfloat16", "float16"),
     "engine.layout": ("auto", "packed", "padded"),
     "engine.attention": ("auto", "sdpa", "flash-attn-2"),
@@ -62,6 +64,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     revision: str | None = None  # of a hub name; a local folder has none
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU | float32 | bfloat16 | float16
+    task: str = "auto"  # auto | generate (and score) | embed | classify; auto: what the model's files say
+    pooling: str = "auto"  # auto | mean | last | cls: how tokens become an embedding; auto: what the model's files say
+    normalize: bool | None = None  # embeddings to length 1; None: what the model's files say, else yes
     layout: str = "auto"  # auto | packed | padded; auto: packed where the model allows it
     attention: str = "auto"  # auto | sdpa | flash-attn-2
     max_model_len: int | None = None  # tokens, prompt and output together; None: what the model's config says

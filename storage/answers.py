@@ -106,6 +106,8 @@ def to_answer(row: Any) -> Answer:
         completion_tokens=row.completion_tokens,
         logprobs=row.logprobs,
         score=row.score,
+        embedding=row.embedding,
+        classification=row.classification,
     )
 
 

@@ -88,6 +88,8 @@ def to_row(job_id: str, attempt: int, result: Result) -> dict[str, Any]:
         "completion_tokens": answer and answer.completion_tokens,
         "logprobs": answer and answer.logprobs,
         "score": answer and answer.score,
+        "embedding": answer and answer.embedding,
+        "classification": answer and answer.classification,
         "error_code": failure and failure.code,
         "error_message": failure and failure.message,
         "params": result.params and _encode_params(result.params).decode(),

@@ -138,6 +138,8 @@ results = Table(
     Column("completion_tokens", Integer),
     Column("logprobs", LargeBinary),  # protocol.logprobs.pack_logprobs; NULL when not asked for
     Column("score", LargeBinary),  # protocol.scores.pack_score; NULL when not asked for
+    Column("embedding", LargeBinary),  # little-endian float32; NULL for other kinds
+    Column("classification", LargeBinary),  # protocol.pooling.pack_classification; NULL for other kinds
     Column("error_code", String(64)),  # NULL in an answer
     Column("error_message", FreeText),
     Column("params", Text),  # ResolvedParams, JSON; NULL when the Request failed before they were known
@@ -156,5 +158,7 @@ answers = Table(
     Column("completion_tokens", Integer, nullable=False),
     Column("logprobs", LargeBinary),  # as in results
     Column("score", LargeBinary),  # as in results
+    Column("embedding", LargeBinary),  # as in results
+    Column("classification", LargeBinary),  # as in results
     Column("created_at", Double, nullable=False),
 )

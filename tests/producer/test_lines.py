@@ -262,7 +262,7 @@ def test_unsupported_parameter_is_refused_by_name(name: str, value: object) -> N
             "unsupported_parameter",
             "messages[0].content[0] has type 'image_url': only text is supported",
         ),
-        (b'{"url": "/v1/embeddings", "body": {}}', "unsupported_url", "url '/v1/embeddings' is not supported"),
+        (b'{"url": "/v1/moderations", "body": {}}', "unsupported_url", "url '/v1/moderations' is not supported"),
         (b'{"url": "/v1/completions", "method": "GET", "body": {}}', "unsupported_url", "it must be POST"),
         (b'{"url": "/v1/completions"}', "missing_field", "needs body"),
         (b'{"url": "/v1/completions", "body": 5}', "invalid_type", "body must be an object, not a number"),
@@ -396,7 +396,7 @@ def test_plain_lines_ask_for_scores_of_pairs_and_of_texts() -> None:
         (b'{"continuation": "a", "prompt": "b"}', "unknown_field"),
         (b'{"continuation": "a", "max_tokens": 5}', "unsupported_parameter"),
         (b'{"continuation": "a", "kind": "generate"}', "invalid_parameter"),
-        (b'{"prompt": "a", "kind": "embed"}', "invalid_parameter"),
+        (b'{"prompt": "a", "kind": "rank"}', "invalid_parameter"),
         (b'{"continuation": "a", "model": "other"}', "unknown_model"),
     ],
 )

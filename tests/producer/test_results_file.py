@@ -1,3 +1,4 @@
+import base64
 import errno
 import json
 import math
@@ -12,6 +13,7 @@ import pytest
 from producer.results_file import ResultsFile, encode_result
 from protocol.errors import ConfigurationError
 from protocol.logprobs import pack_logprobs, unpack_logprobs
+from protocol.pooling import pack_classification
 from protocol.requests import Answer, Failure, Result
 from protocol.sampling import SamplingParams, resolve
 
@@ -34,6 +36,31 @@ def test_answer_is_written_with_every_key_in_order() -> None:
         '"ignore_eos":false,"min_p":0.0,"repetition_penalty":1.0,"presence_penalty":0.0,"frequency_penalty":0.0,'
         '"logit_bias":{},"min_tokens":0,"stop_token_ids":[],"logprobs":null,"prompt_logprobs":null}}\n'
     )
+
+
+def test_embeddings_are_written_as_they_were_asked_for() -> None:
+    embedding = struct.pack("<3f", 0.5, -0.25, 0.0)
+    answer = Answer(text="", finish_reason="stop", prompt_tokens=4, completion_tokens=0, embedding=embedding)
+    assert ANSWER.params is not None
+    as_numbers = msgspec.structs.replace(ANSWER, answer=answer)
+    params = msgspec.structs.replace(ANSWER.params, encoding_format="base64", dimensions=3)
+    as_base64 = msgspec.structs.replace(as_numbers, params=params)
+
+    assert json.loads(encode_result(as_numbers))["embedding"] == [0.5, -0.25, 0.0]
+    assert "dimensions" not in json.loads(encode_result(as_numbers))["params"]
+    written = json.loads(encode_result(as_base64))
+    assert base64.b64decode(written["embedding"]) == embedding
+    assert written["params"]["dimensions"] == 3
+
+
+def test_classifications_are_written_with_their_labels() -> None:
+    packed = pack_classification(["bad", "good"], struct.pack("<2f", 0.25, 0.75))
+    answer = Answer(text="good", finish_reason="stop", prompt_tokens=4, completion_tokens=0, classification=packed)
+
+    written = json.loads(encode_result(msgspec.structs.replace(ANSWER, answer=answer)))
+
+    assert written["text"] == "good"
+    assert written["classification"] == {"label": "good", "probs": [0.25, 0.75], "labels": ["bad", "good"]}
 
 
 def test_log_probabilities_are_written_where_they_were_asked_for() -> None:

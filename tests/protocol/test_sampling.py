@@ -48,7 +48,8 @@ LIMITS = [
 
 def test_every_parameter_has_its_limits_tested() -> None:
     assert {limits.name for limits in LIMITS} == set(SamplingParams.__struct_fields__)
-    assert {limits.name for limits in LIMITS} == set(ResolvedParams.__struct_fields__)
+    of_embeddings = {"dimensions", "encoding_format"}  # are a Request's, and checked where it is read
+    assert {limits.name for limits in LIMITS} == set(ResolvedParams.__struct_fields__) - of_embeddings
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: limits.name)
@@ -113,14 +114,15 @@ def test_answer_key_changes_with_every_parameter_that_can_change_the_answer() ->
         "stop_token_ids": (5,),
         "logprobs": 0,
         "prompt_logprobs": 0,
+        "dimensions": 5,
     }
-    # n only says how many samples there are.
-    assert set(changes) == set(ResolvedParams.__struct_fields__) - {"n"}
+    # n only says how many samples there are, encoding_format only how they are shown.
+    assert set(changes) == set(ResolvedParams.__struct_fields__) - {"n", "encoding_format"}
 
     keys = {key(base), *(key(msgspec.structs.replace(base, **{name: value})) for name, value in changes.items())}
 
     assert len(keys) == len(changes) + 1
-    assert key(msgspec.structs.replace(base, n=5)) == key(base)
+    assert key(msgspec.structs.replace(base, n=5, encoding_format="base64")) == key(base)
     assert key(base, sample=1) != key(base)
 
 

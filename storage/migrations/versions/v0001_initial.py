@@ -22,6 +22,8 @@ def upgrade() -> None:
         sa.Column("completion_tokens", sa.Integer, nullable=False),
         sa.Column("logprobs", sa.LargeBinary),
         sa.Column("score", sa.LargeBinary),
+        sa.Column("embedding", sa.LargeBinary),
+        sa.Column("classification", sa.LargeBinary),
         sa.Column("created_at", sa.Double, nullable=False),
         sa.PrimaryKeyConstraint("key", name="pk_answers"),
     )
@@ -104,6 +106,8 @@ def _create_results() -> None:
         sa.Column("completion_tokens", sa.Integer),
         sa.Column("logprobs", sa.LargeBinary),
         sa.Column("score", sa.LargeBinary),
+        sa.Column("embedding", sa.LargeBinary),
+        sa.Column("classification", sa.LargeBinary),
         sa.Column("error_code", sa.String(64)),
         sa.Column("error_message", sa.Text),
         sa.Column("params", sa.Text),
