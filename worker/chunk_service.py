@@ -103,6 +103,7 @@ class ChunkService:
             self.engine, self._num_engines = ready[0], len(ready)
             self._generations.num_engines = len(ready)
             self._generations.max_aboard = self.engine.max_num_seqs
+            self._generations.labels = self.engine.labels
         except BaseException:
             self._engines.stop()
             raise
@@ -111,9 +112,8 @@ class ChunkService:
             cache=self._cache,
             tokenizer=tokenizer,
             defaults=defaults,
-            fingerprint=self.engine.fingerprint,
+            engine=self.engine,
             context_tokens=min(min(engine.max_model_len, engine.kv_tokens) for engine in ready),
-            vocab_size=self.engine.vocab_size,
             generations=self._generations,
             committer=self._committer,
         )
@@ -164,6 +164,7 @@ class ChunkService:
         ready: EngineReady = self.engine
         return {
             "model": self._settings.served_model,
+            "task": ready.task,
             "engines": self._num_engines,
             "device": ready.device,
             "dtype": ready.dtype,

@@ -35,6 +35,8 @@ class ModelDefaults(msgspec.Struct, frozen=True):
         """Raises InvalidRequest when a parameter is out of range. `context_tokens` bounds an open-ended chat answer."""
         if request.kind == "score":
             return _resolve_score(request.params.over(job_params))
+        if request.kind in ("embed", "classify"):
+            return _resolve_pooled(request)
         params = request.params.over(job_params).over(self.params)
         return resolve(params, max_tokens=context_tokens if request.messages is not None else _COMPLETION_MAX_TOKENS)
 
@@ -43,6 +45,19 @@ def _resolve_score(params: SamplingParams) -> ResolvedParams:
     """Nothing is drawn for a score, so everything that would decide a draw is neutral: equal texts, equal keys."""
     neutral = SamplingParams(temperature=0, prompt_logprobs=params.prompt_logprobs or 0)
     return msgspec.structs.replace(resolve(neutral, max_tokens=1), max_tokens=0)
+
+
+def _resolve_pooled(request: Request) -> ResolvedParams:
+    neutral = msgspec.structs.replace(
+        resolve(SamplingParams(temperature=0), max_tokens=1), max_tokens=0, n=len(request.inputs or (0,))
+    )
+    if request.kind == "classify":
+        return neutral
+    return msgspec.structs.replace(
+        neutral,
+        dimensions=msgspec.UNSET if request.dimensions is None else request.dimensions,
+        encoding_format=request.encoding_format,
+    )
 
 
 def read_model_defaults(folder: Path, eos_token_id: int | None) -> ModelDefaults:

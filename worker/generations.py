@@ -19,6 +19,7 @@ from protocol.frames import Intake, LogitTerms, NewSequence, StepFrame
 from protocol.logprobs import pack_logprobs
 from protocol.requests import Answer, Failure, Request
 from protocol.sampling import ResolvedParams
+from worker.pooled import pooled_answer
 from worker.quarantine import MAX_DEATHS, Quarantine
 from worker.scoring import ScoredPrompt, ScoreParts
 from worker.text import StopWatch, Tokenizer
@@ -59,6 +60,7 @@ class Generation:
     logprobs: list[bytes] = field(default_factory=list)  # as in StepFrame, one per output token when asked for
     watch: StopWatch | None = None
     score: ScoreParts | None = None  # of the prompt, when asked for
+    pooled: bytes | None = None  # as in StepFrame, from an engine that embeds or classifies
     engine: int = 0  # its number
 
     @property
@@ -140,6 +142,7 @@ class Generations:
         self.max_aboard = 1  # Sequences that an engine runs at once
         self._quarantines: defaultdict[int, Quarantine] = defaultdict(lambda: Quarantine(self.max_aboard))
         self.num_engines = 1
+        self.labels: tuple[str, ...] = ()  # of the classes that engines tell apart
         self.num_tokens = 0  # promised to the engines and not finished: prompts and the outputs they may have
         # What engines have reported in all.
         self.num_computed_tokens = 0
@@ -221,6 +224,9 @@ class Generations:
                 scored = self._live.get(part.seq_id)
                 if scored is not None and scored.score is not None:
                     scored.score.parts.append(part)
+            for seq_id, values in frame.pooled:
+                if (generation := self._live.get(seq_id)) is not None:
+                    generation.pooled = values
             seq_ids = np.frombuffer(frame.seq_ids, dtype="<i8").tolist()
             for seq_id, token in zip(seq_ids, np.frombuffer(frame.token_ids, dtype="<i4").tolist(), strict=True):
                 generation = self._live.get(seq_id)
@@ -239,6 +245,10 @@ class Generations:
             self.num_preemptions += frame.num_preemptions
             for seq_id, reason, num_tokens in frame.finished:
                 if (generation := self._live.get(seq_id)) is None:
+                    continue
+                if generation.pooled is not None:
+                    done.append((generation, self._pooled_answer(generation, generation.pooled)))
+                    self._remove(generation)
                     continue
                 del generation.output_ids[num_tokens:]
                 has_stop_token = reason == "stop" and generation.output_ids[-1] in generation.stop_token_ids
@@ -328,6 +338,9 @@ class Generations:
             if generation.score is None
             else generation.score.pack(generation.prompt_ids, self._tokenizer.token_bytes),
         )
+
+    def _pooled_answer(self, generation: Generation, values: bytes) -> Answer:
+        return pooled_answer(values, self.labels, generation.params, len(generation.prompt_ids))
 
     def _remove(self, generation: Generation) -> None:
         """Ended while its engine lives, which may now have the next ones."""

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from protocol.errors import InvalidRequest
-from protocol.requests import Answer, Failure, Request, Result, answer_key
+from protocol.frames import EngineReady
+from protocol.requests import Answer, Failure, Kind, Request, Result, answer_key
 from protocol.sampling import ResolvedParams
 from storage.answers import AnswerCache, find_answers
 from storage.ledger import Ledger
@@ -12,6 +13,7 @@ from worker.committer import Committer
 from worker.defaults import ModelDefaults
 from worker.generations import Generations, Piece
 from worker.open_chunk import OpenChunk
+from worker.pooled import check_kind, samples_of
 from worker.scoring import ScoredPrompt, encode_scored
 from worker.text import Tokenizer
 
@@ -28,9 +30,8 @@ class Preparation:
         cache: AnswerCache,
         tokenizer: Tokenizer,
         defaults: ModelDefaults,
-        fingerprint: str,
+        engine: EngineReady,
         context_tokens: int,
-        vocab_size: int,
         generations: Generations,
         committer: Committer,
     ) -> None:
@@ -38,9 +39,8 @@ class Preparation:
         self._cache = cache
         self._tokenizer = tokenizer
         self._defaults = defaults
-        self._fingerprint = fingerprint
+        self._engine = engine
         self._context_tokens = context_tokens
-        self._vocab_size = vocab_size
         self._generations = generations
         self._committer = committer
 
@@ -62,21 +62,22 @@ class Preparation:
         failures: list[tuple[Request, Failure]] = []
         for request in lease.requests:
             try:
+                check_kind(request, self._engine)
                 params = self._defaults.resolve(request, lease.job_params, self._context_tokens)
-                check_token_ids(request, params, self._vocab_size)
+                check_token_ids(request, params, self._engine.vocab_size)
             except InvalidRequest as error:
                 if (request.line, 0) not in lease.done:
                     failures.append((request, Failure(error.code, error.message)))
                 continue
-            for sample in range(params.n):
+            for sample, each in enumerate(samples_of(request, params.n)):
                 if (request.line, sample) not in lease.done:
-                    pieces.append(Piece(chunk, request, params, sample, self._key(chunk, request, params, sample)))
+                    pieces.append(Piece(chunk, each, params, sample, self._key(chunk, each, params, sample)))
         return pieces, failures
 
     def _key(self, chunk: OpenChunk, request: Request, params: ResolvedParams, sample: int) -> bytes | None:
         if not params.is_cacheable:
             return None
-        return answer_key(chunk.lease.tenant, self._fingerprint, request, params, sample)
+        return answer_key(chunk.lease.tenant, self._engine.fingerprint, request, params, sample)
 
     def _serve_known(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Commits what is known and joins what is running; the rest comes back.
@@ -110,7 +111,7 @@ class Preparation:
         """Tokenizes each Request once, also when it has several samples."""
         pieces = list(pieces)
         requests = {id(piece.request): piece.request for piece in pieces}
-        generating = {key: request for key, request in requests.items() if request.kind == "generate"}
+        generating = {key: request for key, request in requests.items() if request.kind != "score"}
         encoded: dict[int, list[int] | ScoredPrompt | Failure] = dict(
             zip(generating, self._tokenizer.encode(list(generating.values())), strict=True)
         )
@@ -120,11 +121,12 @@ class Preparation:
         ready: list[tuple[Piece, list[int] | ScoredPrompt]] = []
         for piece in pieces:
             ids = encoded[id(piece.request)]
-            # A score needs no room for an answer.
-            if isinstance(ids, list) and len(ids) >= self._context_tokens:
-                ids = self._too_long(len(ids))
-            elif isinstance(ids, ScoredPrompt) and len(ids.token_ids) > self._context_tokens:
-                ids = self._too_long(len(ids.token_ids))
+            if not isinstance(ids, Failure):
+                num_tokens = len(ids if isinstance(ids, list) else ids.token_ids)
+                # What is not generated needs no room for an answer.
+                most = self._context_tokens - (piece.request.kind == "generate")
+                if num_tokens > most:
+                    ids = self._too_long(num_tokens, most, piece.request.kind)
             if not isinstance(ids, Failure):
                 ready.append((piece, ids))
             else:
@@ -132,14 +134,17 @@ class Preparation:
                 self._committer.put(piece.chunk, result)
         self._generations.add(ready, self._context_tokens)
 
-    def _too_long(self, num_tokens: int) -> Failure:
-        limit = self._context_tokens
+    def _too_long(self, num_tokens: int, most: int, kind: Kind) -> Failure:
+        limit, room = "of prompt and answer together, so at most {most} of prompt", "KV_TOKENS"
+        if kind != "generate":
+            limit = "of prompt"
+        if kind in ("embed", "classify"):
+            limit, room = "in one step, which holds the whole text", "MAX_BATCH_TOKENS"
         return Failure(
             "prompt_too_long",
-            f"the prompt has {num_tokens} tokens; this engine holds {limit} of prompt and answer together, so at most "
-            f"{limit - 1} of prompt. Shorten the prompt, or serve the model with a larger "
-            "MILLRACE_ENGINE_MAX_MODEL_LEN or MILLRACE_ENGINE_KV_TOKENS where its configuration allows it and run the "
-            "same with --retry-errors",
+            f"the prompt has {num_tokens} tokens; this engine holds {self._context_tokens} {limit.format(most=most)}. "
+            f"Shorten the prompt, or serve the model with a larger MILLRACE_ENGINE_MAX_MODEL_LEN or "
+            f"MILLRACE_ENGINE_{room} where its configuration allows it and run the same with --retry-errors",
         )
 
 
@@ -147,6 +152,7 @@ def check_token_ids(request: Request, params: ResolvedParams, vocab_size: int) -
     """Raises InvalidRequest naming the first token id that the model does not have."""
     for name, ids in (
         ("prompt", request.prompt_token_ids or ()),
+        *(("input", each) for each in request.inputs or () if not isinstance(each, str)),
         ("logit_bias", params.logit_bias),
         ("stop_token_ids", params.stop_token_ids),
     ):
