@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check format docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ check: $(STAMP)  ## Format, lint, types and import rules, as CI checks them
 format: $(STAMP)  ## Rewrite the code as `make check` wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(STAMP)  ## Write docs/settings.md and docs/cli.md from the code
+	$(BIN)/python -m docs.generate
 
 clean:  ## Remove the environment and everything that was made
 	rm -rf $(VENV) out .millrace *.egg-info

@@ -27,7 +27,7 @@ PARENT_FD_VARIABLE = "MILLRACE_PARENT_FD"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 #: The least and the most of every number. The most is where the next one to hold it would break: a database's integer,
 #: a timer, or a message that no worker could finish within its lease.
-_LIMITS: dict[str, tuple[float, float]] = {
+LIMITS: dict[str, tuple[float, float]] = {
     "num_engines": (1, 1024),
     "chunk_requests": (1, 1_000_000),
     "chunk_bytes": (1, 2**30),
@@ -44,7 +44,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "engine.lookahead": (0, 1),
     "engine.num_threads": (1, 65_536),
 }
-_CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "log_level": LOG_LEVELS,
     "engine.task": ("auto", "generate", "embed", "classify"),
     "engine.pooling": ("auto", "mean", "last", "cls"),
@@ -61,43 +61,75 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """What the engine process needs to know; travels to it as JSON."""
 
     model: str = "models/millrace-tiny"
-    revision: str | None = None  # of a hub name; a local folder has none
-    device: str = "auto"  # auto | cpu | cuda | cuda:N
-    dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU | float32 | bfloat16 | float16
-    task: str = "auto"  # auto | generate (and score) | embed | classify; auto: what the model's files say
-    pooling: str = "auto"  # auto | mean | last | cls: how tokens become an embedding; auto: what the model's files say
-    normalize: bool | None = None  # embeddings to length 1; None: what the model's files say, else yes
-    layout: str = "auto"  # auto | packed | padded; auto: packed where the model allows it
-    attention: str = "auto"  # auto | sdpa | flash-attn-2
-    max_model_len: int | None = None  # tokens, prompt and output together; None: what the model's config says
-    kv_tokens: int | None = None  # capacity of the KV cache; None: from memory_fraction on CUDA, a fixed size on CPU
-    memory_fraction: float = 0.90  # of the device's memory, for weights, activations and KV cache together
-    max_batch_tokens: int = 8192  # tokens per step
-    max_num_seqs: int = 256  # Sequences running at once
-    admission: Literal["auto", "headroom", "peak"] = "auto"  # when a Sequence starts: batching/scheduler.py
-    prefix_reuse: bool = True  # keep computed prompts, and let those who begin alike share them
-    lookahead: int | None = None  # steps launched before the last one's tokens are known; None: 1 on CUDA, 0 on CPU
-    num_threads: int | None = None  # torch threads on CPU; None: torch's own choice
+    """The model that answers: a folder with config.json and *.safetensors, or a name on the model hub."""
+    revision: str | None = None
+    """The commit, branch or tag of a hub name; a local folder has none."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`; auto takes a GPU where there is one."""
+    dtype: str = "auto"
+    """What weights and activations are computed in; auto is bfloat16 on CUDA and float32 on a CPU."""
+    task: str = "auto"
+    """What the model is for: `generate` (and score), `embed` or `classify`; auto: what its files say."""
+    pooling: str = "auto"
+    """How tokens become an embedding; auto: what the model's files say."""
+    normalize: bool | None = None
+    """Embeddings to length 1; unset: what the model's files say, else true."""
+    layout: str = "auto"
+    """Of a step: packed in one flat row, or padded to a rectangle; auto packs where the model allows it."""
+    attention: str = "auto"
+    """The attention backend; auto is flash-attn-2 where it runs, else sdpa."""
+    max_model_len: int | None = None
+    """Tokens of one Sequence, prompt and output together; unset: what the model's config says."""
+    kv_tokens: int | None = None
+    """Capacity of the KV cache in tokens; unset: from memory_fraction on CUDA, a fixed size on a CPU."""
+    memory_fraction: float = 0.90
+    """Part of the GPU's memory for weights, activations and KV cache together."""
+    max_batch_tokens: int = 8192
+    """Tokens per step at most."""
+    max_num_seqs: int = 256
+    """Sequences running at once at most."""
+    admission: Literal["auto", "headroom", "peak"] = "auto"
+    """When a Sequence starts: by the `peak` of blocks to come where lengths are known, else by `headroom`."""
+    prefix_reuse: bool = True
+    """Keep computed prompts, and let those who begin alike share them."""
+    lookahead: int | None = None
+    """Steps launched before the last one's tokens are known; unset: 1 on CUDA, 0 on a CPU."""
+    num_threads: int | None = None
+    """Threads of torch on a CPU; unset: torch's own choice."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that can be configured. In TOML the engine's part is the table [engine]."""
 
     broker_url: str = "redis://127.0.0.1:6379/0"
+    """Redis: the queue, Celery's results and the hot copy of answers. `rediss://` is TLS."""
     database_url: str = "sqlite:///millrace.db"
-    model_name: str | None = None  # the name clients ask for; None: the last part of engine.model
+    """The ledger: SQLite, with a broker on the same machine only, or `postgresql+psycopg://user:password@host/name`."""
+    model_name: str | None = None
+    """The name clients ask for, and part of the queue's; unset: the last part of engine.model."""
     tenant: str = "default"
+    """Whose Jobs and answers these are: tenants see nothing of each other."""
     engine: EngineSettings = EngineSettings()
-    num_engines: int | None = None  # of a worker; None: one per visible GPU where engine.device is auto, else one
+    """The engine's part."""
+    num_engines: int | None = None
+    """Engines of one worker; unset: one per visible GPU where engine.device is auto, else one."""
 
-    chunk_requests: int = 64  # Requests per Chunk at most
-    chunk_bytes: int = 262_144  # of prompt text per Chunk at most, so that long prompts spread over workers too
-    lease_seconds: float = 30.0  # a worker that dies holds its Chunks up to this long
-    intake_tokens: int | None = None  # tokens taken in before a worker stops consuming; None: twice the KV cache
-    answers_ttl_seconds: float = 86_400.0  # of the hot copy in Redis; SQL keeps answers until they are pruned
-    answers_max_bytes: int = 268_435_456  # of the hot copy in Redis
-    engine_start_seconds: float = 600.0  # how long a model may take to load
+    chunk_requests: int = 64
+    """Requests per Chunk, that is per queue message, at most."""
+    chunk_bytes: int = 262_144
+    """Bytes of prompt text per Chunk at most, so that long prompts spread over workers too."""
+    lease_seconds: float = 30.0
+    """A worker that dies holds its Chunks up to this long."""
+    intake_tokens: int | None = None
+    """Tokens taken in before a worker stops consuming; unset: twice the KV cache."""
+    answers_ttl_seconds: float = 86_400.0
+    """How long an answer stays in its hot copy in Redis; SQL keeps it until it is pruned."""
+    answers_max_bytes: int = 268_435_456
+    """Size of the hot copy in Redis at most."""
+    engine_start_seconds: float = 600.0
+    """How long a model may take to load."""
     log_level: str = "INFO"
+    """The lowest level that a worker logs."""
 
     @property
     def served_model(self) -> str:
@@ -105,12 +137,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def check(self) -> None:
         """Raises ConfigurationError naming the first setting whose value is out of range, and its limits."""
-        for name, (least, most) in _LIMITS.items():
+        for name, (least, most) in LIMITS.items():
             value = self._value(name)
             # Not a number is within no limits.
             if value is not None and not least <= value <= most:
                 raise ConfigurationError(f"{name}={value} is out of range: it must be from {least:,} to {most:,}")
-        for name, choices in _CHOICES.items():
+        for name, choices in CHOICES.items():
             if self._value(name) not in choices:
                 raise ConfigurationError(f"{name}={self._value(name)!r} is unknown: it is one of {', '.join(choices)}")
         if not _DEVICE.fullmatch(self.engine.device):

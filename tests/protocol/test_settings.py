@@ -43,7 +43,7 @@ def test_numbers_that_no_clock_could_count_are_refused(name: str, text: str) -> 
 
 
 def test_every_number_has_limits() -> None:
-    from protocol.settings import _LIMITS
+    from protocol.settings import LIMITS
 
     numbers = {
         prefix + name
@@ -51,7 +51,7 @@ def test_every_number_has_limits() -> None:
         for name, kind in struct.__annotations__.items()
         if {"int", "float"} & set(str(getattr(kind, "__name__", kind)).replace("|", " ").split())
     }
-    assert numbers == set(_LIMITS)
+    assert numbers == set(LIMITS)
 
 
 @pytest.mark.parametrize(
