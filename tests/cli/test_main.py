@@ -23,6 +23,7 @@ def test_help_lists_every_command_with_what_it_does(millrace: Invoke) -> None:
         "  submit   Put a file of prompts into the queue.\n"
         "  status   Say how far Jobs are.\n"
         "  results  Write a Job's Results as JSONL.\n"
+        "  doctor   Check servers, device, model and disks.\n"
     )
 
 

@@ -143,7 +143,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     """
     if name not in ("auto", "sdpa", "flash-attn-2"):
         raise ConfigurationError(f"engine.attention={name!r} is unknown: it is one of auto, sdpa, flash-attn-2")
-    obstacle = _flash_attention_obstacle(device, dtype)
+    obstacle = flash_attention_obstacle(device, dtype)
     if name == "flash-attn-2" and obstacle:
         raise ConfigurationError(f"engine.attention='flash-attn-2' cannot run here: {obstacle}; use auto or sdpa")
     if name == "sdpa" or obstacle:
@@ -157,7 +157,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     return FlashAttentionBackend()
 
 
-def _flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why flash-attn does not run here; None where it does."""
     if device.type != "cuda":
         return f"the device is {device}, and flash-attn needs CUDA"
     if dtype not in (torch.bfloat16, torch.float16):
