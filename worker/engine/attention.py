@@ -10,6 +10,7 @@ N blocks, B block size, M blocks per table.
 import importlib
 import importlib.util
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ STEP = "millrace_step"
 _IGNORED = frozenset(
     {
         "cache_position",
+        "deterministic",  # of gradients
         "dropout",
         "is_causal",
         "layer_idx",
@@ -54,6 +56,7 @@ class AttentionTerms:
     scale: float
     window: int | None = None  # tokens attended to, the query's own included
     softcap: float | None = None
+    is_causal: bool = True  # else all tokens of a text attend to each other, those within a window to both sides
 
 
 class AttentionBackend(Protocol):
@@ -119,21 +122,40 @@ def _attention(
     step: Step | None = kwargs.pop(STEP, None)
     if step is None:
         raise ConfigurationError(f"{type(module).__name__} does not pass keywords on to its attention function")
-    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _IGNORED)
-    if attention_mask is not None:
-        unknown.append("attention_mask")
-    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        unknown.append("is_causal=False")
-    if unknown:
-        raise ConfigurationError(
-            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which the engine does not compute"
-        )
-    terms = AttentionTerms(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    terms = terms_of(module, query, attention_mask, scaling, sliding_window, softcap, kwargs)
+    if not terms.is_causal:
+        raise ConfigurationError(f"{type(module).__name__} asks its attention for is_causal=False: it is no decoder")
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
         raise ConfigurationError(f"{type(module).__name__} does not know which layer it is")
     output = step.attend(layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), terms)
     return output.unsqueeze(0), None
+
+
+def terms_of(
+    module: nn.Module,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    others: Mapping[str, Any],
+) -> AttentionTerms:
+    """What a layer asks for. Raises ConfigurationError for anything in `others` that is not computed here."""
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _IGNORED)
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if unknown:
+        raise ConfigurationError(
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which the engine does not compute"
+        )
+    is_causal = others.get("is_causal")
+    return AttentionTerms(
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window,
+        softcap,
+        bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+    )
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:

@@ -98,7 +98,7 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
     config = model.config.get_text_config()
     # Padding is told by the mask alone; with a pad token set, transformers looks for it and waits for the device.
     model.config.pad_token_id = config.pad_token_id = None
-    max_model_len = _max_model_len(config, settings)
+    max_model_len = model_len_limit(config, settings)
     layout, layers = _choose_layout(model, config, settings, max_model_len)
     weight = model.get_input_embeddings().weight
     loaded = LoadedModel(
@@ -166,7 +166,8 @@ def _try_packed(model: Any, config: Any, max_model_len: int) -> list[LayerShape]
     return layers
 
 
-def _max_model_len(config: Any, settings: EngineSettings) -> int:
+def model_len_limit(config: Any, settings: EngineSettings) -> int:
+    """Tokens of the longest text. Raises ConfigurationError when the config names none, or one that is too short."""
     # BLOOM's positions have no end; its configs name the length of its training.
     limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
     if limit is None and settings.max_model_len is None:

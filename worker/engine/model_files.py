@@ -32,6 +32,10 @@ ANSWER_FILES = (
     "chat_template.*",
     "*.jinja",
     "additional_chat_templates/*.jinja",
+    # What sentence-transformers writes beside an embedding model.
+    "modules.json",
+    "sentence_bert_config.json",
+    "[0-9]_*/config.json",
 )
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -80,9 +84,9 @@ def files_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def fingerprint(digest: str, dtype: str, quantization: str = "none") -> str:
-    """What the model is as far as answers go: its files, the arithmetic and the engine that runs it."""
-    text = f"engine={ENGINE_VERSION} files={digest} dtype={dtype} quantization={quantization}"
+def fingerprint(digest: str, dtype: str, quantization: str = "none", task: str = "generate") -> str:
+    """What the model is as far as answers go: its files, the arithmetic, the engine that runs it, and its task."""
+    text = f"engine={ENGINE_VERSION} files={digest} dtype={dtype} quantization={quantization} task={task}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

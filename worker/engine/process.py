@@ -20,6 +20,9 @@ from protocol.errors import CallerError, ConfigurationError
 from protocol.frames import EngineFailed, Frame, Intake, receive_frame, send_frame
 from protocol.settings import EngineSettings
 from worker.engine.engine import Engine
+from worker.engine.model_files import resolve_folder
+from worker.engine.pooling_engine import PoolingEngine
+from worker.engine.task import choose_task
 
 log = logging.getLogger("millrace.engine")
 
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _start(text: str) -> Engine:
+def _start(text: str) -> Engine | PoolingEngine:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -64,10 +67,13 @@ def _start(text: str) -> Engine:
         settings = msgspec.json.decode(text, type=EngineSettings)
     except msgspec.MsgspecError as error:
         raise ConfigurationError(f"the engine's settings cannot be read: {error}") from error
+    folder = resolve_folder(settings.model, settings.revision)
+    if (task := choose_task(folder, settings)) != "generate":
+        return PoolingEngine.start(settings, task)
     return Engine.start(settings)
 
 
-def _serve(engine: Engine, sock: socket.socket, intakes: "queue.SimpleQueue[Intake]") -> None:
+def _serve(engine: Engine | PoolingEngine, sock: socket.socket, intakes: "queue.SimpleQueue[Intake]") -> None:
     """Steps while there is work, taking in what has arrived in between; waits for an Intake when there is none."""
     while True:
         while not engine.has_work or not intakes.empty():
@@ -77,7 +83,7 @@ def _serve(engine: Engine, sock: socket.socket, intakes: "queue.SimpleQueue[Inta
             _send(sock, frame)
 
 
-def _take_in(engine: Engine, intake: Intake) -> None:
+def _take_in(engine: Engine | PoolingEngine, intake: Intake) -> None:
     for new in intake.add:
         engine.add(new)
     for seq_id, num_kept in intake.finish:

@@ -70,7 +70,7 @@ class SDPABackend:
         mask = places < lens[:, None]  # (D, L)
         if terms.window is not None:
             mask &= places >= lens[:, None] - terms.window
-        output = _attend(
+        output = attend_masked(
             query.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim),
             keys.transpose(1, 2),
             values.transpose(1, 2),
@@ -109,11 +109,11 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, terms: AttentionT
         if terms.window is not None:
             mask &= places > queries - terms.window
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    return _attend(q, k, v, mask, terms)[0].transpose(0, 1)
+    return attend_masked(q, k, v, mask, terms)[0].transpose(0, 1)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, terms: AttentionTerms) -> Tensor:
-    """Without a mask it is causal."""
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, terms: AttentionTerms) -> Tensor:
+    """All (rows, heads, tokens, E). Without a mask it is causal."""
     if terms.softcap is None:
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=terms.scale)
     # torch's own kernels have no softcap.
