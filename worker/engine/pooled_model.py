@@ -165,10 +165,9 @@ def adopt_pooled(model: Any, task: Task, settings: EngineSettings, stated: State
         attention=model.config._attn_implementation,
     )
     log.info(
-        "model type %s for %s: %s of its tokens, %d parameters, %s on %s, up to %d tokens a text",
+        "model type %s to %s: %d parameters, %s on %s, up to %d tokens a text",
         config.model_type,
         pooled.description,
-        "all" if pooling == "mean" else "one",
         sum(parameter.numel() for parameter in model.parameters()),
         pooled.dtype_name,
         backbone.device,
