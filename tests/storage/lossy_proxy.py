@@ -6,29 +6,28 @@ import threading
 from pathlib import Path
 from typing import Any
 
-_SOCKET = ".s.PGSQL.5432"
-
 
 class LossyProxy:
     """Listens in `folder` as PostgreSQL would and forwards to the server in `server_folder`."""
 
-    def __init__(self, folder: Path, server_folder: Path) -> None:
+    def __init__(self, folder: Path, server_folder: Path, port: int) -> None:
         self.folder = folder
         self.num_lost = 0
         self._is_armed = False
         proxy = self
+        name = f".s.PGSQL.{port}"  # what PostgreSQL's clients look for
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 with socket.socket(socket.AF_UNIX) as server:
-                    server.connect(str(server_folder / _SOCKET))
+                    server.connect(str(server_folder / name))
                     proxy._forward(self.request, server)
 
         class Server(socketserver.ThreadingUnixStreamServer):
             daemon_threads = True
             block_on_close = False
 
-        self._server = Server(str(folder / _SOCKET), Handler)
+        self._server = Server(str(folder / name), Handler)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def lose_next_commit(self) -> None:
