@@ -1,5 +1,6 @@
 """Processes as a test sees them: who descends from whom, and whether they are gone. Linux only."""
 
+import contextlib
 import os
 import select
 import signal
@@ -57,7 +58,9 @@ class Watched:
 
     def kill(self) -> None:
         for descriptor in self._open:
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            # One that has ended and was collected meanwhile is as dead as it was to be made.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
 
     def left_after(self, timeout_s: float) -> list[str]:
         """The command lines of those that have not ended by then; returns as soon as all have."""

@@ -50,7 +50,7 @@ def write_mixed_job(path: Path) -> MixedJob:
         120: ('{"prompt": 5}', "invalid_type"),
         233: ('{"prompt": "a", "max_token": 5}', "unknown_field"),
         341: ('{"prompt": "a", "temperature": 9}', "invalid_parameter"),
-        480: ('{"url": "/v1/embeddings", "body": {"input": "a"}}', "unsupported_url"),
+        480: ('{"url": "/v1/images/generations", "body": {"prompt": "a"}}', "unsupported_url"),
     }
     written: dict[int, dict[str, Any]] = {}
     with path.open("w") as file:
