@@ -1,9 +1,11 @@
 """compose.yaml and the Dockerfile as they stand; what their commands do is tested in e2e/test_compose.py."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +25,16 @@ def instructions() -> Iterator[tuple[str, str]]:
             yield name, rest
 
 
+def tool(name: str) -> str:
+    """Where it is: beside this interpreter, whether its environment is activated or not, or on the PATH."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}")
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
 def test_compose_file_is_valid_by_the_compose_specification() -> None:
-    checker = shutil.which("check-jsonschema")
-    if checker is None:
-        pytest.skip("check-jsonschema is not installed")
-    command = [checker, "--builtin-schema", "vendor.compose-spec", str(ROOT / "compose.yaml")]
+    command = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(ROOT / "compose.yaml")]
 
     done = subprocess.run(command, capture_output=True, text=True)
 
@@ -67,11 +74,7 @@ def test_services_listen_on_the_loopback_alone_and_say_how_they_are() -> None:
 
 
 def test_dockerfile_passes_its_linter() -> None:
-    linter = shutil.which("hadolint")
-    if linter is None:
-        pytest.skip("hadolint is not installed")
-
-    done = subprocess.run([linter, "-t", "warning", str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    done = subprocess.run([tool("hadolint"), "-t", "warning", str(ROOT / "Dockerfile")], capture_output=True, text=True)
 
     assert done.returncode == 0, done.stdout
 
