@@ -1,0 +1,115 @@
+"""Fields that several kinds of lines have, each checked: what is wrong is an InvalidRequest that names it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from protocol.errors import InvalidRequest
+from protocol.sampling import MAX_TOKEN_COUNT
+
+#: Characters; OpenAI's own are at most 64, and every Result row carries one.
+MAX_CUSTOM_ID_LENGTH = 512
+#: Told to OpenAI about the caller, not about the answer.
+IGNORED_FIELDS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
+#: OpenAI's and vLLM's parameters that are not supported, with the values that ask for nothing and so may stay.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "stream": (False,),
+    "stream_options": (),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LineHead:
+    """What every line has, whatever it asks for. `model_names` are what it may ask for, the usual one first."""
+
+    number: int
+    custom_id: str | None
+    model_names: Sequence[str]
+
+
+def read_custom_id(fields: Mapping[str, Any]) -> str | None:
+    """Of `custom_id`, or of `id`, where a number will do."""
+    given = fields.get("custom_id")
+    if given is None:
+        given = fields.get("id")
+        if isinstance(given, int) and not isinstance(given, bool):
+            given = str(given)
+    elif fields.get("id") is not None:
+        raise InvalidRequest("invalid_parameter", "id and custom_id are the same thing: give one of them")
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        raise InvalidRequest("invalid_type", f"custom_id must be a string, not {type_name(given)}")
+    if len(given) > MAX_CUSTOM_ID_LENGTH:
+        limit = f"at most {MAX_CUSTOM_ID_LENGTH} characters"
+        raise InvalidRequest("invalid_parameter", f"custom_id has {len(given)} characters: it may have {limit}")
+    return given
+
+
+def check_model(asked: object, model_names: Sequence[str]) -> None:
+    """Refuses a model that is none of these names for the Job's, the usual one first."""
+    if asked is None or asked in model_names:
+        return
+    if not isinstance(asked, str):
+        raise InvalidRequest("invalid_type", f"model must be a string, not {type_name(asked)}")
+    raise InvalidRequest(
+        "unknown_model",
+        f"the line asks for model {asked!r}, but this Job's is {model_names[0]!r}: leave model out of the line, or set "
+        "model_name to the name the lines ask for",
+    )
+
+
+def read_prompt(prompt: object, name: str = "prompt") -> tuple[str | None, tuple[int, ...] | None]:
+    """Text, or token ids."""
+    if isinstance(prompt, str):
+        return prompt, None
+    if not isinstance(prompt, list):
+        raise InvalidRequest("invalid_type", f"{name} must be a string or token ids, not {type_name(prompt)}")
+    if prompt and isinstance(prompt[0], str | list):
+        raise InvalidRequest("invalid_type", f"{name} must be one text: give each of a list a line of its own")
+    for index, token in enumerate(prompt):
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise InvalidRequest("invalid_type", f"{name}[{index}] must be a token id, not {type_name(token)}")
+        if not 0 <= token <= MAX_TOKEN_COUNT:
+            raise InvalidRequest("invalid_token", f"{name}[{index}]={token} is no token id")
+    if not prompt:
+        raise InvalidRequest("empty_prompt", f"{name} has no token ids: it needs at least one")
+    return None, tuple(prompt)
+
+
+def read_text(fields: Mapping[str, Any], name: str) -> str | None:
+    """The field of this name, which must be a string where it is there."""
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequest("invalid_type", f"{name} must be a string, not {type_name(value)}")
+    return value
+
+
+def refuse_field(name: str) -> NoReturn:
+    """Of a field that has no meaning where it stands."""
+    if name in UNSUPPORTED:
+        raise InvalidRequest("unsupported_parameter", f"{name} is not supported: leave it out")
+    raise InvalidRequest("unknown_field", f"{name!r} is not a known field")
+
+
+def type_name(value: object) -> str:
+    """How messages call what JSON has there."""
+    if value is None:
+        return "null"
+    names: dict[type, str] = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return names.get(type(value), "an object")

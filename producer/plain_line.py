@@ -1,0 +1,38 @@
+"""Plain lines that ask for text: `prompt` or `messages`, and sampling parameters beside them."""
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from producer.fields import LineHead, check_model, read_prompt, refuse_field
+from producer.messages import read_messages
+from producer.parameters import PARAMETERS, read_params, with_logprobs
+from protocol.errors import InvalidRequest
+from protocol.requests import Kind, Request
+
+_FIELDS = frozenset({"id", "custom_id", "model", "prompt", "messages", "kind"})
+
+
+def read_plain(fields: Mapping[str, Any], head: LineHead) -> Request:
+    """Raises InvalidRequest."""
+    for name in fields:
+        if name not in _FIELDS and name not in PARAMETERS and name != "top_logprobs":
+            refuse_field(name)
+    if fields.get("kind") not in (None, "generate"):
+        raise InvalidRequest(
+            "invalid_parameter", f"kind={fields['kind']!r} is unknown: it is one of {', '.join(get_args(Kind))}"
+        )
+    check_model(fields.get("model"), head.model_names)
+    prompt, messages = fields.get("prompt"), fields.get("messages")
+    if prompt is None and messages is None:
+        raise InvalidRequest("missing_field", "a line needs prompt or messages")
+    if prompt is not None and messages is not None:
+        raise InvalidRequest("invalid_parameter", "prompt and messages exclude each other: give one of them")
+    text, token_ids = (None, None) if prompt is None else read_prompt(prompt)
+    return Request(
+        line=head.number,
+        prompt=text,
+        prompt_token_ids=token_ids,
+        messages=None if messages is None else read_messages(messages),
+        custom_id=head.custom_id,
+        params=read_params(with_logprobs(fields, "plain")),
+    )

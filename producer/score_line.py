@@ -1,0 +1,41 @@
+"""Lines that ask for a score: `context` and `continuation`, or kind score with all of a `text`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from producer.fields import LineHead, check_model, read_text
+from producer.parameters import PARAMETERS, read_params
+from protocol.errors import InvalidRequest
+from protocol.requests import Request
+
+#: `kind` may be left out beside a continuation.
+_FIELDS = frozenset({"id", "custom_id", "model", "kind", "context", "continuation", "text"})
+#: The one parameter that means something for a score: how many alternatives are told with each token.
+_PARAMETER = "prompt_logprobs"
+
+
+def read_score(fields: Mapping[str, Any], head: LineHead) -> Request:
+    """Raises InvalidRequest."""
+    for name, value in fields.items():
+        if name in PARAMETERS and name != _PARAMETER:
+            if value is not None:
+                raise InvalidRequest("unsupported_parameter", f"{name} means nothing for a score: leave it out")
+        elif name not in _FIELDS and name != _PARAMETER:
+            raise InvalidRequest("unknown_field", f"{name!r} is not a field of a line that asks for a score")
+    if fields.get("kind") not in (None, "score"):
+        raise InvalidRequest("invalid_parameter", "a line with continuation asks for a score: leave kind out")
+    check_model(fields.get("model"), head.model_names)
+    text, context, continuation = (read_text(fields, name) for name in ("text", "context", "continuation"))
+    if (text is None) == (continuation is None) or (text is not None and context is not None):
+        raise InvalidRequest("missing_field", "a score needs text, or context and continuation")
+    if continuation == "":
+        raise InvalidRequest("empty_continuation", "continuation is empty: there is nothing to score")
+    return Request(
+        line=head.number,
+        kind="score",
+        prompt=text,
+        context=None if continuation is None else context or "",
+        continuation=continuation,
+        custom_id=head.custom_id,
+        params=read_params({_PARAMETER: fields.get(_PARAMETER)}),
+    )
