@@ -16,19 +16,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from protocol.errors import DatabaseUnavailable
-from protocol.frames import EngineReady
-from protocol.requests import Answer, Failure
+from protocol.requests import Failure
 from protocol.settings import Settings
 from storage.answers import AnswerCache
 from storage.leases import Lease, claim, claim_oldest, release, renew
 from storage.ledger import Ledger
 from worker.committer import Committer
-from worker.defaults import read_model_defaults
-from worker.engine_group import EngineGroup
-from worker.generations import Generation, Generations
+from worker.inference import Inference
 from worker.open_chunk import OpenChunk, Ticket
-from worker.preparation import Preparation, answered, failed
-from worker.text import Tokenizer
+from worker.preparation import failed
 
 logger = logging.getLogger("millrace.worker")
 
@@ -37,9 +33,6 @@ logger = logging.getLogger("millrace.worker")
 _IDLE_CLAIM_INTERVAL_S = 1.0
 _IDLE_CLAIM_AGE_S = 2.0
 _RETRY_S = 1.0
-#: Without a setting the intake holds what fills the KV cache this many times, and always this many full batches.
-_INTAKE_KV_CACHES = 2
-_INTAKE_BATCHES = 2
 #: Rows waiting to be committed at which nothing more is taken in: known answers pass no engine that would slow them.
 _MAX_BACKLOG = 8192
 #: Attempts at a Chunk after which what cannot be prepared is our bug and no passing trouble.
@@ -62,7 +55,6 @@ class ChunkService:
         self._cache = AnswerCache.connect(settings.broker_url, settings.answers_ttl_seconds, settings.answers_max_bytes)
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._on_credit = on_credit
-        self._model_folder = model_folder
         self._committer = Committer(
             self._ledger,
             self._cache,
@@ -70,13 +62,12 @@ class ChunkService:
             on_finished=self._finish,
             on_lost=self._drop,
         )
-        self._engines = EngineGroup(
-            settings.engine,
-            settings.num_engines,
-            settings.engine_start_seconds,
-            on_ready=lambda engine, connect: self._generations.resend(connect, engine),
-            on_step=lambda frame: self._generations.on_step(frame),
-            on_death=lambda engine: self._generations.on_engine_death(engine),
+        self.inference = Inference(
+            settings,
+            self._ledger,
+            self._cache,
+            model_folder,
+            on_room=self._room_changed,
             on_fatal=on_fatal,
         )
         self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
@@ -91,35 +82,9 @@ class ChunkService:
         ]
 
     def start(self) -> None:
-        """Blocks until the engine is ready. Raises ConfigurationError, EngineDied or DatabaseUnavailable."""
+        """Blocks until the engines are ready. Raises ConfigurationError, EngineDied or DatabaseUnavailable."""
         self._ledger.check_schema()
-        self._engines.spawn()
-        try:
-            # Loading the tokenizer takes seconds too, and the engine does not need it.
-            tokenizer = Tokenizer(self._model_folder)
-            defaults = read_model_defaults(self._model_folder, tokenizer.eos_token_id)
-            self._generations = Generations(tokenizer, defaults.stop_token_ids, self._engines.send, self._settle)
-            ready = self._engines.start()
-            self.engine, self._num_engines = ready[0], len(ready)
-            self._generations.num_engines = len(ready)
-            self._generations.max_aboard = self.engine.max_num_seqs
-            self._generations.labels = self.engine.labels
-        except BaseException:
-            self._engines.stop()
-            raise
-        self._preparation = Preparation(
-            ledger=self._ledger,
-            cache=self._cache,
-            tokenizer=tokenizer,
-            defaults=defaults,
-            engine=self.engine,
-            context_tokens=min(min(engine.max_model_len, engine.kv_tokens) for engine in ready),
-            generations=self._generations,
-            committer=self._committer,
-        )
-        self._intake_tokens = self._settings.intake_tokens or _INTAKE_KV_CACHES * sum(
-            engine.kv_tokens for engine in ready
-        )
+        self.inference.start()
         self._committer.start()
         for thread in self._threads:
             thread.start()
@@ -131,7 +96,7 @@ class ChunkService:
         self._has_room.set()
         for thread in self._threads:
             thread.join()
-        self._engines.stop()
+        self.inference.stop()
         self._committer.stop()
         with self._open_lock:
             left, self._open = self._open, {}
@@ -148,12 +113,8 @@ class ChunkService:
 
     @property
     def has_credit(self) -> bool:
-        """Whether another Chunk could start soon: counted in tokens, and never less than some full batches."""
-        if self._committer.backlog > _MAX_BACKLOG:
-            return False
-        full_batches = _INTAKE_BATCHES * self.engine.max_num_seqs * self._num_engines
-        is_short_of_batches = self._generations.num_live < full_batches
-        return is_short_of_batches or self._generations.num_tokens < self._intake_tokens
+        """Whether another Chunk could start soon."""
+        return self._committer.backlog <= _MAX_BACKLOG and self.inference.has_room
 
     def receive(self, ticket: Ticket) -> None:
         """A chunk message has come in. Returns at once."""
@@ -161,25 +122,7 @@ class ChunkService:
 
     def info(self) -> dict[str, object]:
         """Facts for `inspect stats`."""
-        ready: EngineReady = self.engine
-        return {
-            "model": self._settings.served_model,
-            "task": ready.task,
-            "engines": self._num_engines,
-            "device": ready.device,
-            "dtype": ready.dtype,
-            "layout": ready.layout,
-            "attention": ready.attention_backend,
-            "max_model_len": ready.max_model_len,
-            "kv_tokens": ready.kv_tokens,
-            "max_num_seqs": ready.max_num_seqs,
-            "versions": ready.versions,
-            "open_chunks": len(self._open),
-            "running": self._generations.num_live,
-            "computed_tokens": self._generations.num_computed_tokens,
-            "prefix_hit_tokens": self._generations.num_prefix_hit_tokens,
-            "preemptions": self._generations.num_preemptions,
-        }
+        return {**self.inference.info(), "open_chunks": len(self._open)}
 
     def _guarded(self, body: Callable[[], None]) -> None:
         """A dead thread must not leave a worker that looks alive and does nothing."""
@@ -239,7 +182,7 @@ class ChunkService:
         return True
 
     def _work(self, lease: Lease, ticket: Ticket | None) -> None:
-        chunk = OpenChunk(lease, ticket)
+        chunk = OpenChunk(lease, ticket, self._committer)
         with self._open_lock:
             earlier = self._open.get(lease.chunk_id)
         if earlier is not None:
@@ -248,7 +191,7 @@ class ChunkService:
         with self._open_lock:
             self._open[lease.chunk_id] = chunk
         try:
-            self._preparation.run(chunk)
+            self.inference.run(chunk, lease.requests, lease.job_params, lease.done)
         except DatabaseUnavailable as error:
             logger.warning("chunk %d is given up until its lease expires: %s", lease.chunk_id, error)
             self._drop(chunk)
@@ -261,31 +204,20 @@ class ChunkService:
 
     def _fail(self, lease: Lease) -> None:
         """What is left of the Chunk ends as errors, so that its Job can end."""
-        chunk = OpenChunk(lease, None)
+        chunk = OpenChunk(lease, None, self._committer)
         with self._open_lock:
             self._open[lease.chunk_id] = chunk
         failure = Failure("internal_error", f"the worker failed at this {_MAX_ATTEMPTS} times; its log says why")
-        chunk.num_owed = len(lease.requests)
+        chunk.expect(len(lease.requests))
         for request in lease.requests:
             sample = next(i for i in itertools.count() if (request.line, i) not in lease.done)
-            self._committer.put(chunk, failed(request, failure, None, sample, chunk))
+            chunk.settle(failed(request, failure, None, sample, chunk))
 
     def _committed(self, keys: Iterable[bytes]) -> None:
-        self._generations.committed(keys)
+        self.inference.committed(keys)
         self._has_room.set()
 
-    def _settle(self, generation: Generation, outcome: Answer | Failure) -> None:
-        """One generation is finished: a Result for everyone who waits for it."""
-        for i, piece in enumerate(generation.waiters):
-            if isinstance(outcome, Failure):
-                self._committer.put(
-                    piece.chunk, failed(piece.request, outcome, piece.params, piece.sample, piece.chunk)
-                )
-            else:
-                # The first to ask is the one it was computed for; only its row brings the new answer along.
-                is_new = i == 0 and generation.is_kept(outcome)
-                result = answered(piece, outcome, is_cached=i > 0)
-                self._committer.put(piece.chunk, result, generation.key if is_new else None)
+    def _room_changed(self) -> None:
         self._has_room.set()
         self._on_credit()
 
@@ -301,7 +233,7 @@ class ChunkService:
     def _drop(self, chunk: OpenChunk) -> None:
         logger.warning("chunk %d is no longer ours (attempt %d)", chunk.lease.chunk_id, chunk.lease.attempt)
         self._forget(chunk)
-        self._generations.abandon(chunk)
+        self.inference.abandon(chunk)
         chunk.complete()
 
     def _forget(self, chunk: OpenChunk) -> None:

@@ -11,7 +11,6 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,13 +18,11 @@ from protocol.frames import Intake, LogitTerms, NewSequence, StepFrame
 from protocol.logprobs import pack_logprobs
 from protocol.requests import Answer, Failure, Request
 from protocol.sampling import ResolvedParams
+from worker.owner import Owner
 from worker.pooled import pooled_answer
 from worker.quarantine import MAX_DEATHS, Quarantine
 from worker.scoring import ScoredPrompt, ScoreParts
 from worker.text import StopWatch, Tokenizer
-
-if TYPE_CHECKING:
-    from worker.open_chunk import OpenChunk
 
 logger = logging.getLogger("millrace.worker")
 
@@ -34,9 +31,9 @@ _NO_TERMS = LogitTerms()
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One sample that a Chunk waits for. `key` names its answer; None for a draw that cannot be repeated."""
+    """One sample that its owner waits for. `key` names its answer; None for a draw that cannot be repeated."""
 
-    chunk: "OpenChunk"
+    owner: Owner
     request: Request
     params: ResolvedParams
     sample: int
@@ -105,6 +102,7 @@ class Generation:
             sample_of=sample_of,
             score_from=-1 if self.score is None else self.score.start,
             num_top=params.prompt_logprobs or 0,
+            priority=min(piece.owner.priority for piece in self.waiters),
         )
 
 
@@ -303,12 +301,12 @@ class Generations:
             )
             self._on_done(guilty, Failure("engine_died", message))
 
-    def abandon(self, chunk: "OpenChunk") -> None:
-        """The Chunk is no longer ours: generations that nobody else waits for are cancelled."""
+    def abandon(self, owner: Owner) -> None:
+        """It waits no longer: generations that nobody else waits for are cancelled."""
         cancelled: list[tuple[Generation, int]] = []
         with self._lock:
             for generation in list(self._live.values()):
-                generation.waiters = [w for w in generation.waiters if w.chunk is not chunk]
+                generation.waiters = [w for w in generation.waiters if w.owner is not owner]
                 if not generation.waiters:
                     cancelled.append((generation, 0))
                     self._remove(generation)

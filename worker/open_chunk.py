@@ -2,10 +2,13 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from protocol.requests import Result
 from storage.leases import Lease
+
+if TYPE_CHECKING:
+    from worker.committer import Committer
 
 
 class Ticket(Protocol):
@@ -23,8 +26,12 @@ class Ticket(Protocol):
 
 @dataclass(eq=False, slots=True)
 class OpenChunk:
+    """An Owner whose Results go to the committer."""
+
     lease: Lease
     ticket: Ticket | None
+    committer: "Committer"
+    priority: int = 0
     num_owed: int = 0  # Results not yet committed
     num_ok: int = 0
     num_error: int = 0
@@ -32,8 +39,20 @@ class OpenChunk:
     started: float = field(default_factory=time.monotonic)
 
     @property
+    def tenant(self) -> str:
+        return self.lease.tenant
+
+    @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
+
+    def expect(self, num_results: int) -> None:
+        self.num_owed = num_results
+        if not num_results:
+            self.committer.finish(self)
+
+    def settle(self, result: Result, key: bytes | None = None) -> None:
+        self.committer.put(self, result, key)
 
     def count(self, result: Result) -> None:
         """A Result of this Chunk is about to be committed."""

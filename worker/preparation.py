@@ -1,27 +1,28 @@
-"""From a leased Chunk to generations: parameters resolved, known answers found, prompts tokenized, misfits refused."""
+"""From Requests to generations: parameters resolved, known answers found, prompts tokenized, misfits refused."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from protocol.errors import InvalidRequest
 from protocol.frames import EngineReady
 from protocol.requests import Answer, Failure, Kind, Request, Result, answer_key
-from protocol.sampling import ResolvedParams
+from protocol.sampling import ResolvedParams, SamplingParams
 from storage.answers import AnswerCache, find_answers
 from storage.ledger import Ledger
-from worker.committer import Committer
 from worker.defaults import ModelDefaults
 from worker.generations import Generations, Piece
-from worker.open_chunk import OpenChunk
+from worker.owner import Owner
 from worker.pooled import check_kind, samples_of
 from worker.scoring import ScoredPrompt, encode_scored
 from worker.text import Tokenizer
 
 logger = logging.getLogger("millrace.worker")
 
+UNSET_PARAMS = SamplingParams()
+
 
 class Preparation:
-    """Runs in one thread. `context_tokens` is the longest prompt and output together that the engine can hold."""
+    """Thread-safe. `context_tokens` is the longest prompt and output together that the engine can hold."""
 
     def __init__(
         self,
@@ -33,7 +34,6 @@ class Preparation:
         engine: EngineReady,
         context_tokens: int,
         generations: Generations,
-        committer: Committer,
     ) -> None:
         self._ledger = ledger
         self._cache = cache
@@ -42,45 +42,53 @@ class Preparation:
         self._engine = engine
         self._context_tokens = context_tokens
         self._generations = generations
-        self._committer = committer
 
-    def run(self, chunk: OpenChunk) -> None:
-        """Afterwards every Result the Chunk owes is on its way. Raises DatabaseUnavailable."""
-        pieces, failures = self._pieces(chunk)
-        chunk.num_owed = len(pieces) + len(failures)
-        if not chunk.num_owed:
-            self._committer.finish(chunk)
-            return
+    def run(
+        self,
+        owner: Owner,
+        requests: Iterable[Request],
+        job_params: SamplingParams = UNSET_PARAMS,
+        done: Collection[tuple[int, int]] = (),
+    ) -> None:
+        """Afterwards every Result of the Requests is on its way to the owner, but for those of the (line, sample) that
+        are `done`. Raises DatabaseUnavailable."""
+        pieces, failures = self._pieces(owner, requests, job_params, done)
+        owner.expect(len(pieces) + len(failures))
         for request, failure in failures:
-            self._committer.put(chunk, failed(request, failure, None, 0, chunk))
+            owner.settle(failed(request, failure, None, 0, owner))
         unknown = self._serve_known(pieces)
         self._start(unknown)
 
-    def _pieces(self, chunk: OpenChunk) -> tuple[list[Piece], list[tuple[Request, Failure]]]:
-        lease = chunk.lease
+    def _pieces(
+        self,
+        owner: Owner,
+        requests: Iterable[Request],
+        job_params: SamplingParams,
+        done: Collection[tuple[int, int]],
+    ) -> tuple[list[Piece], list[tuple[Request, Failure]]]:
         pieces: list[Piece] = []
         failures: list[tuple[Request, Failure]] = []
-        for request in lease.requests:
+        for request in requests:
             try:
                 check_kind(request, self._engine)
-                params = self._defaults.resolve(request, lease.job_params, self._context_tokens)
+                params = self._defaults.resolve(request, job_params, self._context_tokens)
                 check_token_ids(request, params, self._engine.vocab_size)
             except InvalidRequest as error:
-                if (request.line, 0) not in lease.done:
+                if (request.line, 0) not in done:
                     failures.append((request, Failure(error.code, error.message)))
                 continue
             for sample, each in enumerate(samples_of(request, params.n)):
-                if (request.line, sample) not in lease.done:
-                    pieces.append(Piece(chunk, each, params, sample, self._key(chunk, each, params, sample)))
+                if (request.line, sample) not in done:
+                    pieces.append(Piece(owner, each, params, sample, self._key(owner, each, params, sample)))
         return pieces, failures
 
-    def _key(self, chunk: OpenChunk, request: Request, params: ResolvedParams, sample: int) -> bytes | None:
+    def _key(self, owner: Owner, request: Request, params: ResolvedParams, sample: int) -> bytes | None:
         if not params.is_cacheable:
             return None
-        return answer_key(chunk.lease.tenant, self._engine.fingerprint, request, params, sample)
+        return answer_key(owner.tenant, self._engine.fingerprint, request, params, sample)
 
     def _serve_known(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """Commits what is known and joins what is running; the rest comes back.
+        """Settles what is known and joins what is running; the rest comes back.
 
         Running generations are asked first: one that ends meanwhile stays joinable until its answer can be found in
         the database, so that no moment is left in which an answer is nowhere.
@@ -93,7 +101,7 @@ class Preparation:
             elif (joined := self._generations.join(piece)) is False:
                 lookups.setdefault(piece.key, []).append(piece)
             elif isinstance(joined, Answer):
-                self._commit_known(piece, joined)
+                _settle_known(piece, joined)
         answers = self._cache.get_many(list(lookups))
         answers |= find_answers(self._ledger, [key for key in lookups if key not in answers])
         for key, twins in lookups.items():
@@ -101,11 +109,8 @@ class Preparation:
                 unknown.extend(twins)
             else:
                 for piece in twins:
-                    self._commit_known(piece, answer)
+                    _settle_known(piece, answer)
         return unknown
-
-    def _commit_known(self, piece: Piece, answer: Answer) -> None:
-        self._committer.put(piece.chunk, answered(piece, answer, is_cached=True))
 
     def _start(self, pieces: Iterable[Piece]) -> None:
         """Tokenizes each Request once, also when it has several samples."""
@@ -130,8 +135,7 @@ class Preparation:
             if not isinstance(ids, Failure):
                 ready.append((piece, ids))
             else:
-                result = failed(piece.request, ids, piece.params, piece.sample, piece.chunk)
-                self._committer.put(piece.chunk, result)
+                piece.owner.settle(failed(piece.request, ids, piece.params, piece.sample, piece.owner))
         self._generations.add(ready, self._context_tokens)
 
     def _too_long(self, num_tokens: int, most: int, kind: Kind) -> Failure:
@@ -164,6 +168,10 @@ def check_token_ids(request: Request, params: ResolvedParams, vocab_size: int) -
             )
 
 
+def _settle_known(piece: Piece, answer: Answer) -> None:
+    piece.owner.settle(answered(piece, answer, is_cached=True))
+
+
 def answered(piece: Piece, answer: Answer, *, is_cached: bool) -> Result:
     return Result(
         line=piece.request.line,
@@ -173,11 +181,11 @@ def answered(piece: Piece, answer: Answer, *, is_cached: bool) -> Result:
         answer=answer,
         is_cached=is_cached,
         params=piece.params,
-        seconds=piece.chunk.seconds,
+        seconds=piece.owner.seconds,
     )
 
 
-def failed(request: Request, failure: Failure, params: ResolvedParams | None, sample: int, chunk: OpenChunk) -> Result:
+def failed(request: Request, failure: Failure, params: ResolvedParams | None, sample: int, owner: Owner) -> Result:
     return Result(
         line=request.line,
         sample=sample,
@@ -185,5 +193,5 @@ def failed(request: Request, failure: Failure, params: ResolvedParams | None, sa
         endpoint=request.endpoint,
         failure=failure,
         params=params,
-        seconds=chunk.seconds,
+        seconds=owner.seconds,
     )

@@ -11,8 +11,9 @@ from protocol.frames import FinishReason, Intake, LogitTerms, StepFrame
 from protocol.logprobs import unpack_logprobs
 from protocol.requests import Answer, Failure, Request
 from protocol.sampling import SamplingParams, resolve
+from tests.worker.recording_owner import RecordingOwner
 from worker.generations import Generation, Generations, Piece
-from worker.open_chunk import OpenChunk
+from worker.owner import Owner
 from worker.text import Tokenizer
 
 
@@ -28,7 +29,7 @@ class Harness:
         self.generations = Generations(
             self.tokenizer, (self.eos,), self._send, lambda g, outcome: self.done.append((g, outcome))
         )
-        self.chunk = cast("OpenChunk", object())
+        self.owner = RecordingOwner()
 
     def _send(self, engine: int, intake: Intake) -> None:
         self.sent.append(intake)
@@ -39,9 +40,9 @@ class Harness:
         assert isinstance(ids, list)
         return ids
 
-    def piece(self, key: bytes | None, chunk: Any = None, **params: Any) -> Piece:
+    def piece(self, key: bytes | None, owner: Owner | None = None, **params: Any) -> Piece:
         resolved = resolve(SamplingParams(**params), max_tokens=16)
-        return Piece(chunk or self.chunk, Request(line=1, prompt="the"), resolved, 0, key)
+        return Piece(owner or self.owner, Request(line=1, prompt="the"), resolved, 0, key)
 
     def step(
         self,
@@ -145,8 +146,8 @@ def test_an_answer_that_the_context_cut_short_is_nobody_elses(harness: Harness) 
     assert harness.generations.join(harness.piece(b"k", max_tokens=500)) is False
 
 
-def test_abandoning_a_chunk_cancels_only_what_nobody_else_waits_for(harness: Harness) -> None:
-    mine, other = cast("OpenChunk", object()), cast("OpenChunk", object())
+def test_abandoning_an_owner_cancels_only_what_nobody_else_waits_for(harness: Harness) -> None:
+    mine, other = RecordingOwner(), RecordingOwner()
     shared, alone = harness.piece(b"s", mine), harness.piece(b"a", mine)
     harness.generations.add([(shared, [5]), (alone, [6])], 100)
     assert harness.generations.join(harness.piece(b"s", other)) is True
@@ -155,7 +156,7 @@ def test_abandoning_a_chunk_cancels_only_what_nobody_else_waits_for(harness: Har
     assert harness.sent[1:] == [Intake(finish=[(running_alone.seq_id, 0)])]
     harness.step((running_shared.seq_id, 9), finished=[(running_shared.seq_id, "length", 1)])
     ((generation, _),) = harness.done
-    assert [w.chunk for w in generation.waiters] == [other]
+    assert [w.owner for w in generation.waiters] == [other]
 
 
 def test_every_parameter_reaches_the_engine(harness: Harness) -> None:
@@ -213,10 +214,10 @@ def test_min_tokens_lets_an_early_stop_string_pass(harness: Harness) -> None:
 
 
 def test_each_sample_of_a_request_is_cut_at_its_own_stop_string(harness: Harness) -> None:
-    prompt, chunk = harness.ids("the"), harness.chunk
+    prompt, owner = harness.ids("the"), harness.owner
     params = resolve(SamplingParams(stop=("ds the",), n=2, temperature=1.0), max_tokens=16)
     request = Request(line=1, prompt="the")
-    harness.generations.add([(Piece(chunk, request, params, sample, None), prompt) for sample in range(2)], 100)
+    harness.generations.add([(Piece(owner, request, params, sample, None), prompt) for sample in range(2)], 100)
     first, second = harness.sent[0].add
     assert (first.sample, second.sample, second.sample_of) == (0, 1, first.seq_id)
     for one, other in zip(harness.ids(" queue holds the queue"), harness.ids(" worker queue holds the"), strict=True):
@@ -348,12 +349,12 @@ def test_samples_of_a_prompt_go_to_one_engine_and_cancels_follow_their_work(harn
     generations = harness.generations
     generations.num_engines = 2
     shared, other = [5] * 10, [6] * 10
-    chunk = cast("OpenChunk", object())
-    pieces = [(harness.piece(None, chunk), prompt) for prompt in (shared, other, shared, shared)]
+    owner = RecordingOwner()
+    pieces = [(harness.piece(None, owner), prompt) for prompt in (shared, other, shared, shared)]
     generations.add([(piece, prompt) for piece, prompt in pieces], 100)
     assert harness.sent_to == [0, 1]
     assert [len(intake.add) for intake in harness.sent] == [3, 1]
 
-    generations.abandon(chunk)
+    generations.abandon(owner)
 
     assert sorted(zip(harness.sent_to[2:], (len(i.finish) for i in harness.sent[2:]), strict=True)) == [(0, 3), (1, 1)]

@@ -2,7 +2,6 @@
 
 import struct
 from pathlib import Path
-from typing import cast
 
 import msgspec
 import pytest
@@ -12,9 +11,9 @@ from protocol.frames import EngineReady, Intake, StepFrame
 from protocol.pooling import unpack_classification
 from protocol.requests import Answer, Failure, Request
 from protocol.sampling import ResolvedParams, SamplingParams
+from tests.worker.recording_owner import RecordingOwner
 from worker.defaults import read_model_defaults
 from worker.generations import Generation, Generations, Piece
-from worker.open_chunk import OpenChunk
 from worker.pooled import check_kind, pooled_answer, samples_of
 from worker.text import Tokenizer
 
@@ -73,7 +72,7 @@ def test_a_frames_values_become_the_answer(tokenizer_folder: Path) -> None:
         Tokenizer(tokenizer_folder), (0,), lambda _, intake: sent.append(intake), lambda *both: done.append(both)
     )
     request = Request(line=1, kind="classify", prompt="a")
-    piece = Piece(cast("OpenChunk", object()), request, resolve(request), 0, b"key")
+    piece = Piece(RecordingOwner(), request, resolve(request), 0, b"key")
 
     for labels in ((), ("bad", "good")):
         generations.labels = labels

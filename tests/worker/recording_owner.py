@@ -1,0 +1,20 @@
+"""An Owner that keeps what it is told."""
+
+from dataclasses import dataclass, field
+
+from protocol.requests import Result
+
+
+@dataclass(eq=False)
+class RecordingOwner:
+    tenant: str = "default"
+    priority: int = 0
+    seconds: float = 0.0
+    num_expected: int | None = None
+    settled: list[tuple[Result, bytes | None]] = field(default_factory=list)
+
+    def expect(self, num_results: int) -> None:
+        self.num_expected = num_results
+
+    def settle(self, result: Result, key: bytes | None = None) -> None:
+        self.settled.append((result, key))

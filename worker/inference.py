@@ -1,0 +1,146 @@
+"""Inference: from Requests to their Results, for whoever owns them; knows neither queue nor leases.
+
+It owns the tokenizer, the engines, the registry of what they owe, and the way to what is known already.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+from protocol.frames import EngineReady
+from protocol.requests import Answer, Failure, Request
+from protocol.sampling import SamplingParams
+from protocol.settings import Settings
+from storage.answers import AnswerCache
+from storage.ledger import Ledger
+from worker.defaults import read_model_defaults
+from worker.engine_group import EngineGroup
+from worker.generations import Generation, Generations
+from worker.owner import Owner
+from worker.preparation import UNSET_PARAMS, Preparation, answered, failed
+from worker.text import Tokenizer
+
+logger = logging.getLogger("millrace.worker")
+
+#: Without a setting the intake holds what fills the KV cache this many times, and always this many full batches.
+_INTAKE_KV_CACHES = 2
+_INTAKE_BATCHES = 2
+
+
+class Inference:
+    """`on_room` is called from any thread when `has_room` may have changed; `on_fatal` when work cannot go on."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        cache: AnswerCache,
+        model_folder: Path,
+        *,
+        on_room: Callable[[], None],
+        on_fatal: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._ledger, self._cache = ledger, cache
+        self._model_folder = model_folder
+        self._on_room = on_room
+        self._engines = EngineGroup(
+            settings.engine,
+            settings.num_engines,
+            settings.engine_start_seconds,
+            on_ready=lambda engine, connect: self._generations.resend(connect, engine),
+            on_step=lambda frame: self._generations.on_step(frame),
+            on_death=lambda engine: self._generations.on_engine_death(engine),
+            on_fatal=on_fatal,
+        )
+
+    def start(self) -> None:
+        """Blocks until the engines are ready. Raises ConfigurationError or EngineDied."""
+        self._engines.spawn()
+        try:
+            # Loading the tokenizer takes seconds too, and the engine does not need it.
+            tokenizer = Tokenizer(self._model_folder)
+            defaults = read_model_defaults(self._model_folder, tokenizer.eos_token_id)
+            self._generations = Generations(tokenizer, defaults.stop_token_ids, self._engines.send, self._settle)
+            ready = self._engines.start()
+            self.engine, self.num_engines = ready[0], len(ready)
+            self._generations.num_engines = len(ready)
+            self._generations.max_aboard = self.engine.max_num_seqs
+            self._generations.labels = self.engine.labels
+        except BaseException:
+            self._engines.stop()
+            raise
+        self._preparation = Preparation(
+            ledger=self._ledger,
+            cache=self._cache,
+            tokenizer=tokenizer,
+            defaults=defaults,
+            engine=self.engine,
+            context_tokens=min(min(engine.max_model_len, engine.kv_tokens) for engine in ready),
+            generations=self._generations,
+        )
+        self._intake_tokens = self._settings.intake_tokens or _INTAKE_KV_CACHES * sum(
+            engine.kv_tokens for engine in ready
+        )
+
+    def stop(self) -> None:
+        """Ends the engines; what they still owe is never settled."""
+        self._engines.stop()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more work could start soon: counted in tokens, and never less than some full batches."""
+        full_batches = _INTAKE_BATCHES * self.engine.max_num_seqs * self.num_engines
+        is_short_of_batches = self._generations.num_live < full_batches
+        return is_short_of_batches or self._generations.num_tokens < self._intake_tokens
+
+    def run(
+        self,
+        owner: Owner,
+        requests: Iterable[Request],
+        job_params: SamplingParams = UNSET_PARAMS,
+        done: Collection[tuple[int, int]] = (),
+    ) -> None:
+        """Start what is not known already; as in Preparation.run, whose errors it raises."""
+        self._preparation.run(owner, requests, job_params, done)
+
+    def abandon(self, owner: Owner) -> None:
+        """The owner waits no longer: what nobody else waits for is cancelled."""
+        self._generations.abandon(owner)
+
+    def committed(self, keys: Iterable[bytes]) -> None:
+        """These answers can be found in the database from now on."""
+        self._generations.committed(keys)
+
+    def info(self) -> dict[str, object]:
+        """Facts for `inspect stats`."""
+        ready: EngineReady = self.engine
+        return {
+            "model": self._settings.served_model,
+            "task": ready.task,
+            "engines": self.num_engines,
+            "device": ready.device,
+            "dtype": ready.dtype,
+            "layout": ready.layout,
+            "attention": ready.attention_backend,
+            "max_model_len": ready.max_model_len,
+            "kv_tokens": ready.kv_tokens,
+            "max_num_seqs": ready.max_num_seqs,
+            "versions": ready.versions,
+            "running": self._generations.num_live,
+            "computed_tokens": self._generations.num_computed_tokens,
+            "prefix_hit_tokens": self._generations.num_prefix_hit_tokens,
+            "preemptions": self._generations.num_preemptions,
+        }
+
+    def _settle(self, generation: Generation, outcome: Answer | Failure) -> None:
+        """One generation is finished: a Result for everyone who waits for it."""
+        for i, piece in enumerate(generation.waiters):
+            if isinstance(outcome, Failure):
+                piece.owner.settle(failed(piece.request, outcome, piece.params, piece.sample, piece.owner))
+            else:
+                # The first to ask is the one it was computed for; only its Result brings the new answer along.
+                is_new = i == 0 and generation.is_kept(outcome)
+                result = answered(piece, outcome, is_cached=i > 0)
+                piece.owner.settle(result, generation.key if is_new else None)
+        self._on_room()

@@ -1,0 +1,27 @@
+"""Owner: for whom Requests are computed, as everything between a Request and its Result knows it."""
+
+from typing import Protocol
+
+from protocol.requests import Result
+
+
+class Owner(Protocol):
+    """A Chunk whose Results go to the ledger, or a caller who waits for a reply. Told of Results by any thread."""
+
+    @property
+    def tenant(self) -> str:
+        """Whose answers may be shared with it."""
+
+    @property
+    def priority(self) -> int:
+        """Of its Sequences, as in NewSequence: lower is more urgent."""
+
+    @property
+    def seconds(self) -> float:
+        """Since it was taken up."""
+
+    def expect(self, num_results: int) -> None:
+        """Before the first of them: how many Results there will be."""
+
+    def settle(self, result: Result, key: bytes | None = None) -> None:
+        """One Result. `key` says that its answer was computed just now, and is to be kept."""
