@@ -3,15 +3,17 @@
 Needs neither torch nor a running worker; while the broker is away it goes on, since the ledger is what counts.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from types import TracebackType
-from typing import TypeVar
+from typing import get_args
 
 from producer.doorbell import Doorbell
 from producer.identity import job_identity
+from producer.job_results import FinishedOrder, InputOrder, Order
 from producer.lines import LineReader
+from producer.pauses import Pauses
 from producer.source import Input, Source
+from producer.wakeups import Wakeups
 from protocol.errors import ConfigurationError, JobNotFound, SubmissionConflict
 from protocol.requests import Request, Result
 from protocol.sampling import SamplingParams
@@ -20,6 +22,7 @@ from storage.jobs import (
     Job,
     JobStatus,
     append_chunk,
+    cancel_job,
     close_job_if_done,
     find_job,
     intake_position,
@@ -31,10 +34,9 @@ from storage.jobs import (
     settled_position,
     unclaimed_chunks,
 )
+from storage.landing_channel import LandingChannel
+from storage.landings import job_progress
 from storage.ledger import Ledger
-from storage.results import read_results
-
-T = TypeVar("T")
 
 UNSET_PARAMS = SamplingParams()
 ENDED = ("finished", "cancelled")
@@ -55,17 +57,14 @@ RETRIABLE_CODES = frozenset(
     }
 )
 
-#: Seconds between two looks at the ledger, at first and at most.
-_FIRST_POLL_S = 0.05
-_LAST_POLL_S = 1.0
-#: A look that takes long, as in a Job of a million Chunks, is taken less often: a tenth of the time goes into it.
-_POLL_COST_FACTOR = 10
-#: Results read from the ledger at a time.
-_PAGE = 1000
+#: Seconds between two calls of a progress callback at most.
+_PROGRESS_S = 1.0
 
 
 class Client:
-    """One tenant's view of the ledger, and the way into the queue. A context manager; not shared between threads.
+    """One tenant's view of the ledger, and the way into the queue. A context manager.
+
+    Threads may share it: one for a whole process will do. Not to be carried across a fork.
 
     Raises ConfigurationError when the settings cannot work together or the database lacks Millrace's tables. Every
     call raises DatabaseUnavailable when the database does not answer.
@@ -76,6 +75,8 @@ class Client:
         self.settings.check_topology()
         self._ledger = Ledger(self.settings.database_url)
         self._doorbell = Doorbell(self.settings)
+        self._landings = LandingChannel.connect(self.settings.broker_url)
+        self._wakeups = Wakeups(self.settings.broker_url)
         try:
             self._ledger.check_schema()
         except BaseException:
@@ -92,6 +93,8 @@ class Client:
 
     def close(self) -> None:
         """Close all connections."""
+        self._wakeups.close()
+        self._landings.close()
         self._doorbell.close()
         self._ledger.close()
 
@@ -172,37 +175,53 @@ class Client:
         """How far the Job is. Raises JobNotFound."""
         return job_status(self._ledger, self._id(job))
 
-    def wait(self, job: Job | str, *, on_progress: Callable[[JobStatus], None] | None = None) -> JobStatus:
-        """Block until the Job is finished or cancelled; `on_progress` is called at every look. Raises JobNotFound."""
-        job_id = self._id(job)
-        pauses = _Pauses()
-        while True:
-            status = pauses.timed(lambda: self._look(job_id))
-            if on_progress is not None:
-                on_progress(status)
-            if status.job.state in ENDED:
-                return status
-            pauses.pause()
+    def wait(
+        self,
+        job: Job | str,
+        *,
+        timeout_s: float | None = None,
+        on_progress: Callable[[JobStatus], None] | None = None,
+    ) -> JobStatus:
+        """Block until the Job is finished or cancelled; `on_progress` is called at every look, each second or so.
 
-    def results(self, job: Job | str, *, wait: bool = True) -> Iterator[Result]:
-        """The Job's Results in the order of its lines, each as soon as nothing before it is missing.
-
-        Ends with the Job. With `wait=False`: what is stored now, gaps and all. Raises JobNotFound.
+        Raises JobNotFound, and TimedOut after `timeout_s` seconds.
         """
         job_id = self._id(job)
-        after = (0, -1)
-        pauses = _Pauses()
-        while True:
-            # In this order: a Job that has ended before the position was read has no Results beyond it.
-            is_last = not wait or self._look(job_id).job.state in ENDED
-            settled = pauses.timed(lambda: settled_position(self._ledger, job_id)) if not is_last else None
-            for result in self._stored(job_id, after, settled):
-                after = (result.line, result.sample)
-                pauses.restart()
-                yield result
-            if is_last:
-                return
-            pauses.pause()
+        with self._wakeups.listen(job_id) as wakeup:
+            pauses = Pauses(wakeup, timeout_s=timeout_s, most_s=_PROGRESS_S)
+            while True:
+                status = pauses.timed(lambda: self._look(job_id))
+                if on_progress is not None:
+                    on_progress(status)
+                if status.job.state in ENDED:
+                    return status
+                pauses.pause(f"the Job {job_id} did not end")
+
+    def results(
+        self, job: Job | str, *, order: Order = "input", wait: bool = True, timeout_s: float | None = None
+    ) -> Iterator[Result]:
+        """The Job's Results, each once, in the order of its lines or, with `order="finished"`, as they land.
+
+        In the order of the lines each comes as soon as nothing before it is missing. Ends with the Job; with
+        `wait=False`: what is stored now, gaps and all. Raises JobNotFound, and TimedOut when nothing came for
+        `timeout_s` seconds.
+        """
+        if order not in get_args(Order):
+            raise ConfigurationError(f"order={order!r} is unknown: it is one of {', '.join(get_args(Order))}")
+        job_id = self._id(job)
+        in_order = self._in_input_order if order == "input" else self._in_finished_order
+        return in_order(job_id, wait, timeout_s)
+
+    def cancel(self, job: Job | str) -> bool:
+        """Stop the Job: what is not computed yet never will be, what has a Result keeps it.
+
+        True if this call did it, False when the Job had ended. Raises JobNotFound.
+        """
+        job_id = self._id(job)
+        is_cancelled = cancel_job(self._ledger, job_id)
+        if is_cancelled:
+            self._landings.publish({job_id: ()})
+        return is_cancelled
 
     def announce(self, job: Job | str) -> None:
         """Tell the broker of the Job's Chunks that wait: for a broker that is new and cannot know of them."""
@@ -222,6 +241,41 @@ class Client:
                 f"{job.model}): give this one another name"
             )
 
+    def _in_input_order(self, job_id: str, wait: bool, timeout_s: float | None) -> Iterator[Result]:
+        stored = InputOrder(self._ledger, job_id)
+        if not wait:
+            yield from stored.read(None)
+            return
+        with self._wakeups.listen(job_id) as wakeup:
+            pauses = Pauses(wakeup, timeout_s=timeout_s)
+            while True:
+                # In this order: a Job that has ended before the position was read has no Results beyond it.
+                is_last = self._has_ended(job_id)
+                settled = None if is_last else pauses.timed(lambda: settled_position(self._ledger, job_id))
+                for result in stored.read(settled):
+                    yield result
+                    pauses.restart()
+                if is_last:
+                    return
+                pauses.pause(f"no Result of the Job {job_id} came")
+
+    def _in_finished_order(self, job_id: str, wait: bool, timeout_s: float | None) -> Iterator[Result]:
+        stored = FinishedOrder(self._ledger, job_id)
+        if not wait:
+            yield from stored.read(None)
+            return
+        with self._wakeups.listen(job_id) as wakeup:
+            pauses = Pauses(wakeup, timeout_s=timeout_s)
+            landed: Set[int] | None = None
+            while True:
+                is_last = self._has_ended(job_id)
+                for result in stored.read(None if is_last else landed):
+                    yield result
+                    pauses.restart()
+                if is_last:
+                    return
+                landed = pauses.pause(f"no Result of the Job {job_id} came")
+
     def _look(self, job_id: str) -> JobStatus:
         status = job_status(self._ledger, job_id)
         if status.job.state != "running" or status.num_chunks_finished < status.num_chunks:
@@ -229,6 +283,15 @@ class Client:
         # The worker that committed the last Chunk may have died before it could close the Job.
         close_job_if_done(self._ledger, job_id)
         return job_status(self._ledger, job_id)
+
+    def _has_ended(self, job_id: str) -> bool:
+        progress = job_progress(self._ledger, job_id)
+        if progress is None:
+            raise JobNotFound(f"there is no Job {job_id!r}")
+        state, has_open_chunks = progress
+        if state == "running" and not has_open_chunks:
+            return close_job_if_done(self._ledger, job_id) or self._has_ended(job_id)
+        return state in ENDED
 
     def _take_in(
         self, job: Job, content: Source, model_names: Sequence[str], on_progress: Callable[[int], None] | None
@@ -257,6 +320,7 @@ class Client:
                 "another one, so give it a name of its own"
             )
         seal_job(self._ledger, job.id, reader.num_lines)
+        self._landings.publish({job.id: ()})
 
     def _cut(self, items: Iterable[Request | Result]) -> Iterator[tuple[list[Request], list[Result]]]:
         """The items in runs of what one Chunk may hold."""
@@ -277,40 +341,8 @@ class Client:
         if requests or failures:
             yield requests, failures
 
-    def _stored(self, job_id: str, after: tuple[int, int], up_to_line: int | None) -> Iterator[Result]:
-        while True:
-            page = read_results(self._ledger, job_id, after=after, limit=_PAGE)
-            for result in page:
-                if up_to_line is not None and result.line > up_to_line:
-                    return
-                yield result
-            if len(page) < _PAGE:
-                return
-            after = (page[-1].line, page[-1].sample)
-
     def _id(self, job: Job | str) -> str:
         return job.id if isinstance(job, Job) else self.find(job).id
-
-
-class _Pauses:
-    """Waiting longer and longer while nothing happens."""
-
-    def __init__(self) -> None:
-        self._cost_s = 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        self._next_s = _FIRST_POLL_S
-
-    def timed(self, look: Callable[[], T]) -> T:
-        start = time.monotonic()
-        value = look()
-        self._cost_s = time.monotonic() - start
-        return value
-
-    def pause(self) -> None:
-        time.sleep(max(self._next_s, self._cost_s * _POLL_COST_FACTOR))
-        self._next_s = min(self._next_s * 1.5, _LAST_POLL_S)
 
 
 def _text_bytes(request: Request) -> int:

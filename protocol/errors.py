@@ -5,11 +5,13 @@ MillraceError
 │   ├── InvalidRequest       a Request that cannot be read or asks for something unknown; carries a `code`
 │   ├── ConfigurationError   settings, files or models that do not fit together
 │   ├── JobNotFound          no Job under that id or name
+│   ├── JobNotEnded          the Job is still being submitted or worked on
 │   ├── StateLocked          another run holds the state folder
 │   └── SubmissionConflict   the Job got these lines from somebody else, or takes no more
 └── Unavailable              the world's trouble: retried with backoff
     ├── BrokerUnavailable    Redis does not answer
     ├── DatabaseUnavailable  the SQL database does not answer
+    ├── TimedOut             what was waited for did not happen in the time given, and goes on
     ├── EngineDied           the engine process ended without being asked to
     └── WorkerDied           a worker on this machine does not start, or keeps ending without being asked to
 
@@ -42,6 +44,10 @@ class JobNotFound(CallerError):
     """No Job under that id or name."""
 
 
+class JobNotEnded(CallerError):
+    """The Job is still being submitted or worked on."""
+
+
 class StateLocked(CallerError):
     """Another run holds the state folder."""
 
@@ -60,6 +66,10 @@ class BrokerUnavailable(Unavailable):
 
 class DatabaseUnavailable(Unavailable):
     """The SQL database does not answer."""
+
+
+class TimedOut(Unavailable, TimeoutError):
+    """What was waited for did not happen in the time given, and goes on."""
 
 
 class EngineDied(Unavailable):

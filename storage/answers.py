@@ -15,23 +15,19 @@ from typing import Any
 
 import msgspec
 from redis import Redis
-from redis.exceptions import RedisError
 from sqlalchemy import Connection, select
 
 from protocol.requests import Answer
 from storage.clock import now
 from storage.insertion import insert_new
 from storage.ledger import Ledger
+from storage.optional_redis import OptionalRedis, connect
 from storage.tables import answers
 
 log = logging.getLogger("millrace.storage.answers")
 
 #: Keys per statement or command, below the 32766 parameters SQLite takes and short enough not to hold Redis up.
 _MAX_KEYS = 500
-#: Seconds without Redis after it failed: each try may cost a whole socket timeout, which the engine would wait for.
-_PAUSE_S = 5.0
-#: Seconds a command may take: the answers are in SQL too, so waiting longer never pays.
-_TIMEOUT_S = 2.0
 
 _KEYS = ("millrace:answers", "millrace:answers:age", "millrace:answers:bytes")
 
@@ -126,26 +122,27 @@ class AnswerCache:
     ) -> None:
         """`redis` must return bytes. `max_bytes` counts keys and answers, without Redis' own overhead."""
         self._redis = redis
+        self._link = OptionalRedis(
+            redis,
+            log,
+            absent="Redis does not hold answers for now, SQL alone does",
+            present="Redis holds answers again",
+            clock=clock,
+        )
         self._ttl_ms = max(1, int(ttl_s * 1000))
         self._max_bytes = max_bytes
-        self._clock = clock
         self._put = redis.register_script(_PUT)
-        self._is_absent = False
-        self._absent_until = 0.0
 
     @classmethod
     def connect(cls, broker_url: str, ttl_s: float, max_bytes: int) -> "AnswerCache":
         """The hot copy in the queue's own Redis; `broker_url` as Celery takes it. Connects to nothing yet."""
-        # Celery has its own name for a Unix socket.
-        url = broker_url.replace("redis+socket://", "unix://", 1)
-        redis = Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
-        return cls(redis, ttl_s, max_bytes)
+        return cls(connect(broker_url), ttl_s, max_bytes)
 
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, Answer]:
         """Those of the answers that are in Redis."""
         found = {}
         for batch in _batches(list(dict.fromkeys(keys))):
-            values = self._call(partial(self._redis.hmget, _KEYS[0], batch), [])
+            values: list[Any] = self._link.call(partial(self._redis.hmget, _KEYS[0], batch), [])
             for key, value in zip(batch, values, strict=False):
                 answer = None if value is None else _readable(value)
                 if answer is not None:
@@ -156,23 +153,7 @@ class AnswerCache:
         """Add these answers; older ones make room."""
         for batch in _batches(list(new)):
             pairs = [part for key in batch for part in (key, _encode(new[key]))]
-            self._call(partial(self._put, _KEYS, [self._ttl_ms, self._max_bytes, *pairs]), None)
-
-    def _call(self, command: Callable[[], Any], otherwise: Any) -> Any:
-        if self._is_absent and self._clock() < self._absent_until:
-            return otherwise
-        try:
-            reply = command()
-        except (RedisError, OSError) as error:
-            self._absent_until = self._clock() + _PAUSE_S
-            if not self._is_absent:
-                log.warning("Redis does not hold answers for now, SQL alone does: %s", error)
-            self._is_absent = True
-            return otherwise
-        if self._is_absent:
-            log.info("Redis holds answers again")
-            self._is_absent = False
-        return reply
+            self._link.call(partial(self._put, _KEYS, [self._ttl_ms, self._max_bytes, *pairs]), None)
 
 
 def _readable(value: bytes) -> Answer | None:

@@ -41,10 +41,19 @@ def commit(ledger: Ledger, commits: Sequence[ChunkCommit]) -> set[int]:
     return ledger.write(lambda connection: _commit(connection, commits)) if commits else set()
 
 
-def read_results(ledger: Ledger, job_id: str, *, after: tuple[int, int] = (0, -1), limit: int = 1000) -> list[Result]:
+def read_results(
+    ledger: Ledger,
+    job_id: str,
+    *,
+    after: tuple[int, int] = (0, -1),
+    up_to_line: int | None = None,
+    limit: int = 1000,
+) -> list[Result]:
     """The next Results after (line, sample), in that order. Raises DatabaseUnavailable."""
     statement = select(results).where(results.c.job_id == job_id)
     statement = statement.where(tuple_(results.c.line, results.c.sample) > tuple_(*after))
+    if up_to_line is not None:
+        statement = statement.where(results.c.line <= up_to_line)
     statement = statement.order_by(results.c.line, results.c.sample).limit(limit)
     return ledger.read(lambda connection: [_from_row(row) for row in connection.execute(statement)])
 

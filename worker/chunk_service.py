@@ -19,6 +19,7 @@ from protocol.errors import DatabaseUnavailable
 from protocol.requests import Failure
 from protocol.settings import Settings
 from storage.answers import AnswerCache
+from storage.landing_channel import LandingChannel
 from storage.leases import Lease, claim, claim_oldest, release, renew
 from storage.ledger import Ledger
 from worker.committer import Committer
@@ -58,6 +59,7 @@ class ChunkService:
         self._committer = Committer(
             self._ledger,
             self._cache,
+            LandingChannel.connect(settings.broker_url),
             on_committed=self._committed,
             on_finished=self._finish,
             on_lost=self._drop,

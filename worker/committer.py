@@ -14,6 +14,7 @@ from protocol.errors import DatabaseUnavailable
 from protocol.requests import Answer, Result
 from storage.answers import AnswerCache
 from storage.jobs import close_job_if_done
+from storage.landing_channel import LandingChannel
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
 from worker.open_chunk import OpenChunk
@@ -43,6 +44,7 @@ class Committer:
         self,
         ledger: Ledger,
         cache: AnswerCache,
+        landings: LandingChannel,
         *,
         on_committed: Callable[[Iterable[bytes]], None],
         on_finished: Callable[[OpenChunk], None],
@@ -50,6 +52,7 @@ class Committer:
     ) -> None:
         self._ledger = ledger
         self._cache = cache
+        self._landings = landings
         self._on_committed, self._on_finished, self._on_lost = on_committed, on_finished, on_lost
         self._rows: queue.SimpleQueue[_Row | None] = queue.SimpleQueue()
         self._is_stopping = threading.Event()
@@ -130,12 +133,20 @@ class Committer:
         # The hot copy is filled before the keys stop being joinable: no moment in which an answer is nowhere.
         self._cache.put_many(answers)
         self._on_committed(answers)
+        self._announce(commits, lost)
         for chunk in by_chunk:
             if chunk.lease.chunk_id in lost:
                 self._on_lost(chunk)
             elif chunk.num_owed == 0:
                 self._retry(partial(close_job_if_done, self._ledger, chunk.lease.job_id))
                 self._on_finished(chunk)
+
+    def _announce(self, commits: list[ChunkCommit], lost: set[int]) -> None:
+        landed: dict[str, list[int]] = {}
+        for each in commits:
+            if each.lease.chunk_id not in lost:
+                landed.setdefault(each.lease.job_id, []).append(each.lease.chunk_id)
+        self._landings.publish(landed)
 
     def _write(self, commits: list[ChunkCommit]) -> set[int]:
         return self._retry(lambda: commit(self._ledger, commits))

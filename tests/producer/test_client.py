@@ -19,20 +19,7 @@ from storage.jobs import Job, cancel_job, close_job_if_done
 from storage.leases import claim, claim_oldest
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
-
-MODEL = "tiny"
-NOBODY_LISTENS = "redis://:secret@127.0.0.1:1/0"
-
-
-@pytest.fixture
-def settings(ledger: Ledger, database_url: str, redis_url: str) -> Settings:
-    return Settings(database_url=database_url, broker_url=redis_url, model_name=MODEL, chunk_requests=4)
-
-
-@pytest.fixture
-def client(settings: Settings) -> Iterator[Client]:
-    with Client(settings) as client:
-        yield client
+from tests.producer.conftest import MODEL, NOBODY_LISTENS, answer_oldest, lines_of
 
 
 @pytest.fixture
@@ -53,30 +40,6 @@ def messages(redis_url: str, model: str = MODEL) -> list[dict[str, object]]:
     """The queue's messages, first published first."""
     with redis.Redis.from_url(redis_url) as server:
         return [json.loads(raw) for raw in reversed(server.lrange(bulk_queue(model), 0, -1))]
-
-
-def answer_oldest(ledger: Ledger, *, num_samples: int = 1, closes_job: bool = True) -> list[int]:
-    """Do a worker's work on the oldest Chunk; returns its lines."""
-    lease = claim_oldest(ledger, MODEL, "worker", 60, min_age_s=0)
-    assert lease is not None
-    results = [
-        Result(
-            line=request.line,
-            sample=sample,
-            custom_id=request.custom_id,
-            answer=Answer(text=f"{request.prompt}!", finish_reason="stop", prompt_tokens=1, completion_tokens=2),
-        )
-        for request in lease.requests
-        for sample in range(num_samples)
-    ]
-    commit(ledger, [ChunkCommit(lease, results, is_finished=True)])
-    if closes_job:
-        close_job_if_done(ledger, lease.job_id)
-    return [request.line for request in lease.requests]
-
-
-def lines_of(results: Iterator[Result]) -> list[int]:
-    return [result.line for result in results]
 
 
 def test_submit_cuts_the_lines_into_chunks_and_announces_each(
@@ -332,7 +295,7 @@ def test_results_hold_back_what_comes_after_a_gap(client: Client, ledger: Ledger
 
 
 def test_samples_come_in_order_across_pages(client: Client, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("producer.client._PAGE", 3)
+    monkeypatch.setattr("producer.job_results._PAGE", 3)
     job = client.submit([f"p{number}" for number in range(4)], params=SamplingParams(n=2))
     answer_oldest(ledger, num_samples=2)
 

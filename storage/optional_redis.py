@@ -1,0 +1,62 @@
+"""OptionalRedis: the queue's Redis, for what may get lost: when it does not answer, it counts as absent for a while."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+T = TypeVar("T")
+
+#: Seconds without Redis after it failed: each try may cost a whole socket timeout, which the engine would wait for.
+_PAUSE_S = 5.0
+#: Seconds a command may take: whatever it is for is in SQL too, so waiting longer never pays.
+_TIMEOUT_S = 2.0
+
+
+def connect(broker_url: str, **options: Any) -> Redis:
+    """A client of the queue's own Redis, returning bytes; `broker_url` as Celery takes it. Connects to nothing yet."""
+    # Celery has its own name for a Unix socket.
+    url = broker_url.replace("redis+socket://", "unix://", 1)
+    timeouts = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
+    redis: Redis = Redis.from_url(url, **timeouts, **options)
+    return redis
+
+
+class OptionalRedis:
+    """Thread-safe. `absent` and `present` are what the log says when Redis goes and comes back."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        log: logging.Logger,
+        *,
+        absent: str,
+        present: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.redis = redis
+        self._log = log
+        self._absent, self._present = absent, present
+        self._clock = clock
+        self._is_absent = False
+        self._absent_until = 0.0
+
+    def call(self, command: Callable[[], T], otherwise: T) -> T:
+        """What the command returns, or `otherwise` where Redis cannot be asked."""
+        if self._is_absent and self._clock() < self._absent_until:
+            return otherwise
+        try:
+            reply = command()
+        except (RedisError, OSError) as error:
+            self._absent_until = self._clock() + _PAUSE_S
+            if not self._is_absent:
+                self._log.warning("%s: %s", self._absent, error)
+            self._is_absent = True
+            return otherwise
+        if self._is_absent:
+            self._log.info("%s", self._present)
+            self._is_absent = False
+        return reply
