@@ -3,11 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from producer.fields import IGNORED_FIELDS, UNSUPPORTED, LineHead, check_model, read_prompt, refuse_field, type_name
-from producer.messages import read_messages
-from producer.parameters import PARAMETERS, read_params, with_logprobs, with_max_tokens
-from producer.pooled_line import KIND_OF_ENDPOINT, read_pooled
 from protocol.errors import InvalidRequest
+from protocol.reading.fields import (
+    IGNORED_FIELDS,
+    UNSUPPORTED,
+    LineHead,
+    check_model,
+    read_prompt,
+    refuse_field,
+    type_name,
+)
+from protocol.reading.messages import read_messages
+from protocol.reading.parameters import PARAMETERS, read_params, with_logprobs, with_max_tokens
+from protocol.reading.pooled_line import KIND_OF_ENDPOINT, read_pooled
 from protocol.requests import Endpoint, Request
 
 _BATCH_FIELDS = frozenset({"custom_id", "method", "url", "body"})

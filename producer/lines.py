@@ -14,11 +14,11 @@ from typing import Any, BinaryIO
 import msgspec
 
 from producer.batch_line import read_body, read_envelope
-from producer.fields import LineHead, read_custom_id, type_name
-from producer.plain_line import read_plain
-from producer.pooled_line import POOLED_KINDS, read_pooled
-from producer.score_line import read_score
 from protocol.errors import InvalidRequest
+from protocol.reading.fields import LineHead, read_custom_id, type_name
+from protocol.reading.plain_line import read_plain
+from protocol.reading.pooled_line import POOLED_KINDS, read_pooled
+from protocol.reading.score_line import read_score
 from protocol.requests import Endpoint, Failure, Request, Result
 
 #: A longer line is refused without being read whole: it is a file without line breaks more often than a prompt.

@@ -21,7 +21,7 @@ def check_kind(request: Request, engine: EngineReady) -> None:
     if request.kind not in kinds:
         raise InvalidRequest(
             "unsupported_kind",
-            f"this model is served for {' and '.join(kinds)}, and the line asks for {request.kind}: send it to a model "
+            f"this model is served for {' and '.join(kinds)}, and {request.kind} was asked for: send it to a model "
             "that does that, or serve this one with another MILLRACE_ENGINE_TASK and run the same with --retry-errors",
         )
     if request.dimensions is not None and request.dimensions > engine.num_dimensions:

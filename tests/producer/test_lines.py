@@ -208,7 +208,7 @@ def test_unsupported_parameter_is_refused_by_name(name: str, value: object) -> N
         (b'{"a":' * 100_000, "invalid_json", "nested too deeply"),
         (b'"Hi"', "invalid_type", "not a JSON object but a string"),
         (b"[]", "invalid_type", "not a JSON object but a list"),
-        (b"{}", "missing_field", "needs prompt or messages"),
+        (b"{}", "missing_field", "prompt or messages is missing"),
         (b'{"prompt": "a", "messages": []}', "invalid_parameter", "exclude each other"),
         (b'{"prompt": 5}', "invalid_type", "prompt must be a string or token ids, not a number"),
         (b'{"prompt": ["a"]}', "invalid_type", "a line of its own"),

@@ -49,10 +49,10 @@ def test_batch_lines_for_classifications_are_read() -> None:
 @pytest.mark.parametrize(
     ("fields", "code", "part"),
     [
-        ({"kind": "embed"}, "missing_field", "a line of kind embed needs input"),
-        ({"url": "/v1/embeddings", "body": {}}, "missing_field", "a line of kind embed needs input"),
+        ({"kind": "embed"}, "missing_field", "kind embed needs input"),
+        ({"url": "/v1/embeddings", "body": {}}, "missing_field", "kind embed needs input"),
         ({"input": "a", "kind": "generate"}, "invalid_parameter", "kind='generate' does not go with input"),
-        ({"input": "a", "prompt": "b"}, "unknown_field", "'prompt' is not a field of a line of kind embed"),
+        ({"input": "a", "prompt": "b"}, "unknown_field", "'prompt' is not a field of kind embed"),
         ({"input": "a", "temperature": 0}, "unsupported_parameter", "temperature means nothing for kind embed"),
         (
             {"input": "a", "kind": "classify", "dimensions": 5},

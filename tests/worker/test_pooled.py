@@ -29,10 +29,10 @@ def test_a_kind_that_the_model_is_not_served_for_is_refused_with_the_way_out() -
     embed = Request(line=1, kind="embed", prompt="a")
 
     check_kind(embed, msgspec.structs.replace(READY, task="embed"))
-    with pytest.raises(InvalidRequest, match="served for generate and score, and the line asks for embed") as refused:
+    with pytest.raises(InvalidRequest, match="served for generate and score, and embed was asked for") as refused:
         check_kind(embed, READY)
     assert refused.value.code == "unsupported_kind"
-    with pytest.raises(InvalidRequest, match="served for classify, and the line asks for generate"):
+    with pytest.raises(InvalidRequest, match="served for classify, and generate was asked for"):
         check_kind(Request(line=1, prompt="a"), msgspec.structs.replace(READY, task="classify"))
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from producer.fields import LineHead, check_model, read_prompt, refuse_field
-from producer.messages import read_messages
-from producer.parameters import PARAMETERS, read_params, with_logprobs
 from protocol.errors import InvalidRequest
+from protocol.reading.fields import LineHead, check_model, read_prompt, refuse_field
+from protocol.reading.messages import read_messages
+from protocol.reading.parameters import PARAMETERS, read_params, with_logprobs
 from protocol.requests import Kind, Request
 
 _FIELDS = frozenset({"id", "custom_id", "model", "prompt", "messages", "kind"})
@@ -24,7 +24,7 @@ def read_plain(fields: Mapping[str, Any], head: LineHead) -> Request:
     check_model(fields.get("model"), head.model_names)
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if prompt is None and messages is None:
-        raise InvalidRequest("missing_field", "a line needs prompt or messages")
+        raise InvalidRequest("missing_field", "prompt or messages is missing: give one of them")
     if prompt is not None and messages is not None:
         raise InvalidRequest("invalid_parameter", "prompt and messages exclude each other: give one of them")
     text, token_ids = (None, None) if prompt is None else read_prompt(prompt)

@@ -1,7 +1,7 @@
 """Messages of a chat, as OpenAI's lines and plain ones give them."""
 
-from producer.fields import type_name
 from protocol.errors import InvalidRequest
+from protocol.reading.fields import type_name
 from protocol.requests import Message
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from producer.fields import LineHead, check_model, read_text
-from producer.parameters import PARAMETERS, read_params
 from protocol.errors import InvalidRequest
+from protocol.reading.fields import LineHead, check_model, read_text
+from protocol.reading.parameters import PARAMETERS, read_params
 from protocol.requests import Request
 
 #: `kind` may be left out beside a continuation.
@@ -21,9 +21,9 @@ def read_score(fields: Mapping[str, Any], head: LineHead) -> Request:
             if value is not None:
                 raise InvalidRequest("unsupported_parameter", f"{name} means nothing for a score: leave it out")
         elif name not in _FIELDS and name != _PARAMETER:
-            raise InvalidRequest("unknown_field", f"{name!r} is not a field of a line that asks for a score")
+            raise InvalidRequest("unknown_field", f"{name!r} is not a field of a score")
     if fields.get("kind") not in (None, "score"):
-        raise InvalidRequest("invalid_parameter", "a line with continuation asks for a score: leave kind out")
+        raise InvalidRequest("invalid_parameter", "a continuation is for a score: leave kind out")
     check_model(fields.get("model"), head.model_names)
     text, context, continuation = (read_text(fields, name) for name in ("text", "context", "continuation"))
     if (text is None) == (continuation is None) or (text is not None and context is not None):

@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 
-from producer.fields import type_name
 from protocol.errors import InvalidRequest
+from protocol.reading.fields import type_name
 from protocol.requests import Endpoint
 from protocol.sampling import MAX_LOGPROBS, SamplingParams
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from producer.fields import IGNORED_FIELDS, UNSUPPORTED, LineHead, check_model, read_prompt, refuse_field
-from producer.parameters import PARAMETERS
 from protocol.errors import InvalidRequest
+from protocol.reading.fields import IGNORED_FIELDS, UNSUPPORTED, LineHead, check_model, read_prompt, refuse_field
+from protocol.reading.parameters import PARAMETERS
 from protocol.requests import EncodingFormat, Endpoint, Kind, Request
 from protocol.sampling import MAX_TOKEN_COUNT
 
@@ -31,14 +31,12 @@ def read_pooled(fields: Mapping[str, Any], head: LineHead, endpoint: Endpoint = 
             if value is not None:
                 raise InvalidRequest("unsupported_parameter", f"{name} means nothing for kind {kind}: leave it out")
         elif name not in UNSUPPORTED:
-            raise InvalidRequest(
-                "unknown_field", f"{name!r} is not a field of a line of kind {kind}, which needs input"
-            )
+            raise InvalidRequest("unknown_field", f"{name!r} is not a field of kind {kind}, which needs input")
         elif value is not None:
             refuse_field(name)
     check_model(fields.get("model"), head.model_names)
     if fields.get("input") is None:
-        raise InvalidRequest("missing_field", f"a line of kind {kind} needs input")
+        raise InvalidRequest("missing_field", f"kind {kind} needs input")
     text, token_ids, inputs = _input(fields["input"])
     return Request(
         line=head.number,
