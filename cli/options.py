@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from producer.file_format import FORMATS, format_of
 from protocol.sampling import SamplingParams
 
 
@@ -43,6 +44,28 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(params=params, **others)
 
     return with_params
+
+
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what says how an input is read and hands it to the command as one `reading`."""
+
+    @click.option(
+        "--input-format",
+        type=click.Choice(FORMATS),
+        help="What the input is, for stdin or a name that does not say it. Default: by the suffixes, else jsonl.",
+    )
+    @click.option("--prompt-column", metavar="NAME", help="CSV and Parquet: the column of prompts. Default: prompt.")
+    @click.option("--id-column", metavar="NAME", help="CSV and Parquet: the column of each row's custom_id, if any.")
+    @wraps(command)
+    def with_reading(input_format: str | None, prompt_column: str | None, id_column: str | None, **others: Any) -> Any:
+        from producer.columns import Columns
+        from producer.source import Reading
+
+        columns = Columns(prompt_column or Columns().prompt, id_column)
+        file_format = None if input_format is None else format_of(input_format)
+        return command(reading=Reading(file_format, columns), **others)
+
+    return with_reading
 
 
 def _not_empty(_context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:

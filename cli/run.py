@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.interrupts import Interrupts
-from cli.options import job_option, retry_option, sampling_options
+from cli.options import job_option, reading_options, retry_option, sampling_options
 from cli.output import STDIN, STDOUT, check_output, open_output, shown_output
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from producer.client import Client
-    from producer.source import Source
+    from producer.source import Reading, Source
     from storage.jobs import Job, JobStatus
     from worker.local.state import StateFolder
 
@@ -38,6 +38,7 @@ _DIGEST_DIGITS = 12
 @click.option("--state", metavar="DIR", default=".millrace", show_default=True, help="Where ledger and logs are kept.")
 @retry_option
 @job_option
+@reading_options
 @sampling_options
 def command(
     input_path: str,
@@ -49,9 +50,12 @@ def command(
     state: str,
     retry_errors: bool,
     name: str | None,
+    reading: "Reading",
     params: SamplingParams,
 ) -> None:
-    """Answer the prompts of INPUT, a JSONL file or - for stdin, with everything that takes on this machine.
+    """Answer the prompts of INPUT with everything that takes on this machine.
+
+    INPUT is JSON lines, CSV or Parquet, the first two also in gzip or zstd, by its suffixes; - is stdin.
 
     Starts a private Redis and a worker, and stops them at the end. The same command again goes on where it was
     stopped, and computes nothing that is known. MILLRACE_BROKER_URL and MILLRACE_DATABASE_URL are not used here.
@@ -68,7 +72,7 @@ def command(
     overrides = {"engine.model": model, "model_name": model_name, "engine.device": device, "engine.dtype": dtype}
     settings = load_settings(overrides)
     model_names = (settings.served_model, settings.engine.model)
-    source = Source(sys.stdin.buffer if input_path == STDIN else Path(input_path))
+    source = Source(sys.stdin.buffer if input_path == STDIN else Path(input_path), reading)
     # What cannot work is refused before anything is made or started.
     check_worker_packages()
     if name is None:
@@ -84,7 +88,7 @@ def command(
         job, is_computed = run.ensure_results()
         # What stands under a name now may be another input than the one that was answered.
         is_readable = input_path != STDIN and (is_computed or name is None)
-        prompts = _first_prompts(Path(input_path), model_names) if is_readable else {}
+        prompts = _first_prompts(Source(Path(input_path), reading), model_names) if is_readable else {}
         run.write(job, output, prompts, None if not is_computed else time.monotonic() - started)
 
 
@@ -255,15 +259,14 @@ def _worker_environ() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _first_prompts(path: Path, model_names: tuple[str, ...]) -> dict[int, str]:
+def _first_prompts(source: "Source", model_names: tuple[str, ...]) -> dict[int, str]:
     """What the first lines ask, to be shown beside their answers."""
     from itertools import islice
 
     from producer.lines import LineReader
-    from producer.source import Source
     from protocol.requests import Request
 
-    with Source(path).lines() as lines:
+    with source.lines() as lines:
         items = list(islice(LineReader(lines, model_names), 20))
     requests = [item for item in items if isinstance(item, Request)]
     return {r.line: r.messages[-1].content if r.messages else r.prompt or "" for r in requests}

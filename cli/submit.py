@@ -2,12 +2,16 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import job_option, retry_option, sampling_options
+from cli.options import job_option, reading_options, retry_option, sampling_options
 from cli.output import STDIN, STDOUT, check_output, open_output, shown_output
 from protocol.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from producer.source import Reading
 
 
 @click.command("submit", short_help="Put a file of prompts into the queue.")
@@ -18,11 +22,20 @@ from protocol.sampling import SamplingParams
 )
 @retry_option
 @job_option
+@reading_options
 @sampling_options
 def command(
-    input_path: str, wait: bool, output: str | None, retry_errors: bool, name: str | None, params: SamplingParams
+    input_path: str,
+    wait: bool,
+    output: str | None,
+    retry_errors: bool,
+    name: str | None,
+    reading: "Reading",
+    params: SamplingParams,
 ) -> None:
-    """Put a JSONL file's prompts into the queue as one Job, and print the Job's id. - is stdin.
+    """Put a file's prompts into the queue as one Job, and print the Job's id.
+
+    FILE is JSON lines, CSV or Parquet, the first two also in gzip or zstd, by its suffixes; - is stdin.
 
     The same file again goes on with the same Job, so an interrupted submit is simply repeated. Whoever waits gets exit
     code 1 when no line at all was answered.
@@ -36,7 +49,7 @@ def command(
     from producer.client import Client
     from producer.source import Source
 
-    source = Source(sys.stdin.buffer if input_path == STDIN else Path(input_path))
+    source = Source(sys.stdin.buffer if input_path == STDIN else Path(input_path), reading)
     if name is None:
         source.check()
     if output is not None:

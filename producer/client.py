@@ -14,7 +14,7 @@ from producer.lines import LineReader
 from producer.pauses import Pauses
 from producer.source import Input, Source
 from producer.wakeups import Wakeups
-from protocol.errors import ConfigurationError, JobNotFound, SubmissionConflict
+from protocol.errors import ConfigurationError, DamagedInput, JobNotFound, SubmissionConflict
 from protocol.requests import Request, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
@@ -116,7 +116,8 @@ class Client:
         `retry_errors` the Job's errors are tried again as by `retry`.
 
         Raises InvalidRequest for `params` out of range, ConfigurationError for a source that cannot be read or needs a
-        name, SubmissionConflict when the name stands for another Job or somebody else is submitting the same.
+        name, DamagedInput for one that breaks off, whose lines before are in, SubmissionConflict when the name stands
+        for another Job or somebody else is submitting the same.
         """
         params.validate()
         content = source if isinstance(source, Source) else Source(source)
@@ -127,7 +128,14 @@ class Client:
         job, _ = open_job(self._ledger, tenant=self.settings.tenant, identity=identity, model=model, params=params)
         self._check_same(job, params)
         if job.state == "submitting":
-            self._take_in(job, content, model_names or (model,), on_progress)
+            try:
+                self._take_in(job, content, model_names or (model,), on_progress)
+            except DamagedInput as error:
+                position = intake_position(self._ledger, job.id)
+                raise DamagedInput(
+                    f"{error}; the {position} lines before are in the Job {job.id} and get their answers: once the "
+                    f"input is whole, the same command with --job {job.identity} goes on with it"
+                ) from error
         if retry_errors:
             self.retry(job)
         return self.find(job.id)
@@ -327,19 +335,25 @@ class Client:
         requests: list[Request] = []
         failures: list[Result] = []
         num_bytes = 0
-        for item in items:
-            item_bytes = _text_bytes(item) if isinstance(item, Request) else 0
-            is_full = len(requests) + len(failures) >= self.settings.chunk_requests
-            if is_full or (requests and num_bytes + item_bytes > self.settings.chunk_bytes):
-                yield requests, failures
-                requests, failures, num_bytes = [], [], 0
-            if isinstance(item, Request):
-                requests.append(item)
-                num_bytes += item_bytes
-            else:
-                failures.append(item)
+        damage: DamagedInput | None = None
+        try:
+            for item in items:
+                item_bytes = _text_bytes(item) if isinstance(item, Request) else 0
+                is_full = len(requests) + len(failures) >= self.settings.chunk_requests
+                if is_full or (requests and num_bytes + item_bytes > self.settings.chunk_bytes):
+                    yield requests, failures
+                    requests, failures, num_bytes = [], [], 0
+                if isinstance(item, Request):
+                    requests.append(item)
+                    num_bytes += item_bytes
+                else:
+                    failures.append(item)
+        except DamagedInput as error:
+            damage = error
         if requests or failures:
             yield requests, failures
+        if damage is not None:
+            raise damage
 
     def _id(self, job: Job | str) -> str:
         return job.id if isinstance(job, Job) else self.find(job).id

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from producer.columns import Columns
+from producer.file_format import FileFormat
 from protocol.errors import ConfigurationError
 from protocol.sampling import SamplingParams
 
@@ -36,3 +38,8 @@ def lines_digest(lines: Iterable[bytes]) -> str:
         total.update(line)
         total.update(b"\n")
     return total.hexdigest()
+
+
+def table_digest(content_digest: str, file_format: FileFormat, columns: Columns) -> str:
+    """SHA-256 of a table and of what is asked of it: with other columns it is another input."""
+    return hashlib.sha256(_encode([content_digest, file_format.kind, columns.prompt, columns.id])).hexdigest()

@@ -1,4 +1,4 @@
-"""Lines of an input as Requests; knows no database and no queue, and holds one line at a time.
+"""Raw lines as Requests; knows no database and no queue, and holds one line at a time.
 
 Two shapes of line are read: OpenAI's batch lines (`custom_id`, `method`, `url`, `body`) and plain ones (`prompt` or
 `messages`, an optional `id` or `custom_id`, and sampling parameters beside them). Plain lines may also ask for scores:
@@ -9,11 +9,12 @@ failed Result with its number, and the rest goes on.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
 from producer.batch_line import read_body, read_envelope
+from producer.raw_lines import RawLine
 from protocol.errors import InvalidRequest
 from protocol.reading.fields import LineHead, read_custom_id, type_name
 from protocol.reading.plain_line import read_plain
@@ -21,8 +22,6 @@ from protocol.reading.pooled_line import POOLED_KINDS, read_pooled
 from protocol.reading.score_line import read_score
 from protocol.requests import Endpoint, Failure, Request, Result
 
-#: A longer line is refused without being read whole: it is a file without line breaks more often than a prompt.
-MAX_LINE_BYTES = 16 * 1024 * 1024
 #: Characters of a message in an error row: it quotes values, and a value can be as long as its line.
 _MAX_MESSAGE_LENGTH = 400
 
@@ -36,7 +35,7 @@ class LineReader:
     which is how an interrupted submission goes on. `num_lines` is the number of the last line taken from the input.
     """
 
-    def __init__(self, lines: Iterable[bytes], model_names: Sequence[str], *, skip: int = 0) -> None:
+    def __init__(self, lines: Iterable[RawLine], model_names: Sequence[str], *, skip: int = 0) -> None:
         self.num_lines = 0
         self._lines = lines
         self._model_names = model_names
@@ -47,18 +46,9 @@ class LineReader:
             self.num_lines += 1
             if self.num_lines <= self._skip:
                 continue
-            text = raw.removeprefix(_BOM) if self.num_lines == 1 else raw
-            if text and not text.isspace():
+            text = raw.removeprefix(_BOM) if self.num_lines == 1 and isinstance(raw, bytes) else raw
+            if isinstance(text, InvalidRequest) or (text and not text.isspace()):
                 yield read_line(text, self.num_lines, self._model_names)
-
-
-def split_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The file's lines; of one over MAX_LINE_BYTES only as much as shows that it is too long."""
-    while raw := file.readline(MAX_LINE_BYTES + 1):
-        yield raw
-        rest = raw
-        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(MAX_LINE_BYTES + 1)
 
 
 def encode_item(item: str | Mapping[str, Any]) -> bytes:
@@ -80,11 +70,13 @@ def _spell_out(value: Any) -> Any:
     return value
 
 
-def read_line(raw: bytes, number: int, model_names: Sequence[str]) -> Request | Result:
+def read_line(raw: RawLine, number: int, model_names: Sequence[str]) -> Request | Result:
     """One line as a Request, or as the failed Result that says what is wrong with it."""
     custom_id: str | None = None
     endpoint: Endpoint = "plain"
     try:
+        if isinstance(raw, InvalidRequest):
+            raise raw
         fields = _decode_object(raw)
         custom_id = read_custom_id(fields)
         head = LineHead(number, custom_id, model_names)
@@ -104,8 +96,6 @@ def read_line(raw: bytes, number: int, model_names: Sequence[str]) -> Request | 
 
 
 def _decode_object(raw: bytes) -> dict[str, Any]:
-    if len(raw) > MAX_LINE_BYTES:
-        raise InvalidRequest("line_too_long", f"the line is over the limit of {MAX_LINE_BYTES} bytes")
     try:
         fields = msgspec.json.decode(raw)
     except UnicodeDecodeError as error:

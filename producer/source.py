@@ -1,33 +1,65 @@
-"""Source: what a Job is made of, as lines of JSON, whatever form the caller has it in."""
+"""Source: what a Job is made of, as raw lines, whatever form the caller has it in."""
 
 import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from producer.identity import file_digest, lines_digest
-from producer.lines import encode_item, split_lines
-from protocol.errors import ConfigurationError
+from producer.columns import ALL_DEFAULTS, Columns
+from producer.compression import DAMAGES, decompressed
+from producer.csv_rows import CsvRows
+from producer.file_format import FileFormat, format_of
+from producer.identity import file_digest, lines_digest, table_digest
+from producer.lines import encode_item
+from producer.parquet_rows import ParquetRows, seekable
+from producer.raw_lines import RawLine, split_lines
+from protocol.errors import ConfigurationError, DamagedInput
 
 #: A path, an open binary file, or items: a string is a prompt, a mapping what a line of a JSONL file would hold.
 Input = str | Path | BinaryIO | Iterable[str | Mapping[str, Any]]
 
 
-class Source:
-    """A path or a list can be read twice, once for its digest and once for its lines; anything else only once."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a file is read. `file_format` is by default what a path's suffixes say, and JSON lines for an open file;
+    `columns` are those of a CSV or Parquet file."""
 
-    def __init__(self, given: Input) -> None:
+    file_format: FileFormat | None = None
+    columns: Columns = ALL_DEFAULTS
+
+
+AS_NAMED = Reading()
+
+
+class Source:
+    """A path or a list can be read twice, once for its digest and once for its lines; anything else only once.
+
+    Raises ConfigurationError when columns are named of a format that has none.
+    """
+
+    def __init__(self, given: Input, reading: Reading = AS_NAMED) -> None:
         self._path = Path(given) if isinstance(given, str | Path) else None
         self._file = cast(BinaryIO, given) if hasattr(given, "readline") else None
         self._items: Iterable[bytes] = []
         self._seen: tuple[int, int] | None = None
         self._digest: str | None = None
+        self._columns = reading.columns
         if self._path is None and self._file is None:
             items = (encode_item(item) for item in cast(Iterable[str | Mapping[str, Any]], given))
             self._items = list(items) if isinstance(given, list | tuple) else items
+        self._format = reading.file_format or (FileFormat() if self._path is None else format_of(self._path.name))
+        if self._format.kind == "jsonl" and reading.columns != ALL_DEFAULTS:
+            raise ConfigurationError(
+                f"{self} is read as JSON lines, which have no columns: --prompt-column and --id-column are for CSV and "
+                "Parquet, which --input-format or the file's suffix asks for"
+            )
+
+    def __str__(self) -> str:
+        return "the input" if self._path is None else f"the input {self._path}"
 
     def digest(self) -> str:
         """SHA-256 of the content. Raises ConfigurationError for what can be read only once, or not at all."""
@@ -36,30 +68,56 @@ class Source:
         return self._digest
 
     def check(self) -> None:
-        """Raises ConfigurationError for a path that cannot be read, without reading it."""
+        """Raises ConfigurationError for a path that cannot be read or lacks a wanted column, DamagedInput for one that
+        is broken at its beginning; reads no more than that."""
         if self._path is None:
             return
-        self._status(self._path)
+        status = self._status(self._path)
         if not os.access(self._path, os.R_OK):
-            raise ConfigurationError(f"cannot read the input {self._path}: {os.strerror(errno.EACCES)}")
+            raise ConfigurationError(f"cannot read {self}: {os.strerror(errno.EACCES)}")
+        if stat.S_ISREG(status.st_mode) and self._format != FileFormat():
+            with self._path.open("rb") as file:
+                next(self._read(file), None)
 
     @contextmanager
-    def lines(self) -> Iterator[Iterator[bytes]]:
-        """The lines, until the end of the context. Raises ConfigurationError when a file cannot be read or changes."""
+    def lines(self) -> Iterator[Iterator[RawLine]]:
+        """The lines, until the end of the context.
+
+        Raises ConfigurationError when a file cannot be read or changes, DamagedInput where it breaks off or is corrupt.
+        """
         if self._path is None:
-            yield iter(self._items) if self._file is None else split_lines(self._file)
+            yield iter(self._items) if self._file is None else self._read(self._file)
             return
         try:
             file = self._path.open("rb")
         except OSError as error:
-            raise ConfigurationError(f"cannot read the input {self._path}: {error.strerror}") from error
+            raise ConfigurationError(f"cannot read {self}: {error.strerror}") from error
         with file:
-            yield split_lines(file)
+            yield self._read(file)
         status = self._status(self._path)
         if self._seen is not None and self._seen != (status.st_size, status.st_mtime_ns):
-            raise ConfigurationError(
-                f"the input {self._path} was changed while it was read: submit it again once it is complete"
-            )
+            raise ConfigurationError(f"{self} was changed while it was read: submit it again once it is complete")
+
+    def _read(self, file: BinaryIO) -> Iterator[RawLine]:
+        number = 0
+        try:
+            for line in self._lines_of(file):
+                yield line
+                number += 1
+        except ConfigurationError as error:
+            raise ConfigurationError(f"cannot read {self}: {error}") from error
+        except DAMAGES as error:
+            what = "breaks off" if isinstance(error, EOFError) else "is damaged"
+            known = self._format.compression or self._format.kind
+            raise DamagedInput(f"{self} {what} {_after(number)}{_position(file)}, as {known} is read") from error
+
+    def _lines_of(self, file: BinaryIO) -> Iterator[RawLine]:
+        if self._format.kind == "parquet":
+            with seekable(file) as whole:
+                yield from ParquetRows(whole, self._columns)
+            return
+        content = decompressed(file, self._format.compression)
+        yield from CsvRows(content, self._columns) if self._format.kind == "csv" else split_lines(content)
 
     def _read_digest(self) -> str:
         if isinstance(self._items, list) and self._path is None and self._file is None:
@@ -68,7 +126,9 @@ class Source:
             status = self._status(self._path)
             if stat.S_ISREG(status.st_mode):
                 self._seen = (status.st_size, status.st_mtime_ns)
-                return file_digest(self._path)
+                content = file_digest(self._path)
+                # A table is another input when its other columns are asked.
+                return content if self._format.kind == "jsonl" else table_digest(content, self._format, self._columns)
         raise ConfigurationError(
             "an input that can be read only once needs a name, under which it can be resumed: --job NAME, or name= in "
             "Python"
@@ -78,7 +138,18 @@ class Source:
         try:
             status = path.stat()
         except OSError as error:
-            raise ConfigurationError(f"cannot read the input {path}: {error.strerror}") from error
+            raise ConfigurationError(f"cannot read {self}: {error.strerror}") from error
         if stat.S_ISDIR(status.st_mode):
-            raise ConfigurationError(f"cannot read the input {path}: it is a folder, name a file in it")
+            raise ConfigurationError(f"cannot read {self}: it is a folder, name a file in it")
         return status
+
+
+def _after(number: int) -> str:
+    return f"after line {number}" if number else "in its first line"
+
+
+def _position(file: BinaryIO) -> str:
+    try:
+        return f", at byte {file.tell()} of the file"
+    except OSError:  # a pipe has no position
+        return ""

@@ -4,6 +4,7 @@ MillraceError
 ├── CallerError              the caller's mistake: never retried, the message names value, limit and way out
 │   ├── InvalidRequest       a Request that cannot be read or asks for something unknown; carries a `code`
 │   ├── ConfigurationError   settings, files or models that do not fit together
+│   ├── DamagedInput         a file that breaks off or is corrupt: what was read before stands
 │   ├── JobNotFound          no Job under that id or name
 │   ├── JobNotEnded          the Job is still being submitted or worked on
 │   ├── StateLocked          another run holds the state folder
@@ -38,6 +39,10 @@ class InvalidRequest(CallerError):
 
 class ConfigurationError(CallerError):
     """Settings, files or models that do not fit together."""
+
+
+class DamagedInput(CallerError):
+    """A file that breaks off or is corrupt: what was read before stands."""
 
 
 class JobNotFound(CallerError):

@@ -1,0 +1,29 @@
+"""Columns: which of a table's columns are taken. All others are left, also those named like a parameter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from protocol.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Of a CSV or Parquet file; without `id` its rows have no custom_id."""
+
+    prompt: str = "prompt"
+    id: str | None = None
+
+    def find(self, names: Sequence[str]) -> tuple[int, int | None]:
+        """Where the two are among these. Raises ConfigurationError naming those there are, also for one there twice."""
+        return self._index("prompt", self.prompt, names), None if self.id is None else self._index("id", self.id, names)
+
+    def _index(self, what: str, name: str, names: Sequence[str]) -> int:
+        found = names.count(name)
+        if found == 1:
+            return names.index(name)
+        trouble = f"{found} columns are named {name!r}" if found else f"there is no column {name!r}"
+        there = ", ".join(repr(each) for each in names)
+        raise ConfigurationError(f"{trouble} for the {what}: --{what}-column takes one of {there}")
+
+
+ALL_DEFAULTS = Columns()
