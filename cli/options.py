@@ -20,6 +20,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--seed", type=int, metavar="N", help="Makes draws repeatable.")
     @click.option("--n", type=int, metavar="N", help="Samples per prompt.")
     @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be given several times.")
+    @click.option("--timeout", type=float, metavar="SECONDS", help="From submission; what is late is an error.")
     @wraps(command)
     def with_params(
         max_tokens: int | None,
@@ -29,6 +30,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         seed: int | None,
         n: int | None,
         stop: tuple[str, ...],
+        timeout: float | None,
         **others: Any,
     ) -> Any:
         params = SamplingParams(
@@ -39,6 +41,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
             seed=seed,
             n=n,
             stop=stop or None,
+            timeout=timeout,
         )
         params.validate()
         return command(params=params, **others)

@@ -21,6 +21,8 @@ MAX_LOGPROBS = 20
 MIN_REPETITION_PENALTY = 1e-6
 #: Token counts cross to the engine and the database as 32-bit integers.
 MAX_TOKEN_COUNT = 2**31 - 1
+#: Seconds from a Job's submission: longer than anybody waits, and short enough for any clock.
+MAX_TIMEOUT_S = 10 * 366 * 86_400
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -30,6 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt and output, frequency and presence over the output alone), temperature, min_p, top_k, top_p. Before
     min_tokens output tokens no stop token is sampled and no stop string ends the answer. Log-probabilities are the
     model's own, before any of this, as vLLM's are by default; `logprobs` is the number of alternatives per token.
+    `timeout` is in seconds from the Job's submission: what is not answered by then is an error. It changes no answer.
     """
 
     max_tokens: int | None = None
@@ -49,6 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] | None = None  # end an answer also with ignore_eos
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    timeout: float | None = None
 
     def validate(self) -> None:
         """Raises InvalidRequest (code `invalid_parameter`) naming the first parameter out of range."""
@@ -85,6 +89,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         yield "min_tokens", least, 0 <= (least or 0) <= MAX_TOKEN_COUNT, f"between 0 and {MAX_TOKEN_COUNT}"
         if least is not None and most is not None:
             yield "min_tokens", least, least <= most, f"at most max_tokens={most}"
+        timeout = self.timeout
+        is_valid = timeout is not None and 0 < timeout <= MAX_TIMEOUT_S
+        yield "timeout", timeout, is_valid, f"above 0 and at most {MAX_TIMEOUT_S} seconds"
         ids = self.stop_token_ids or ()
         is_valid = len(ids) <= MAX_STOP_TOKEN_IDS and all(0 <= i <= MAX_TOKEN_COUNT for i in ids)
         yield "stop_token_ids", ids, is_valid, f"at most {MAX_STOP_TOKEN_IDS} token ids, none of them negative"

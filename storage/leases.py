@@ -50,7 +50,8 @@ class Lease(msgspec.Struct, frozen=True):
     job_params: SamplingParams
     requests: list[Request]  # whole Requests, those whose Results are all stored left out
     done: frozenset[tuple[int, int]]  # (line, sample) of `requests` that an earlier attempt stored
-    claimed_at: float  # by the database's clock
+    submitted_at: float  # when the Job was made; this and the next by the database's clock
+    claimed_at: float
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -112,6 +113,20 @@ def renew(ledger: Ledger, owner: str, held: Mapping[int, int], lease_s: float) -
     return ledger.write(work) if held else set()
 
 
+def still_leased(ledger: Ledger, owner: str, held: Mapping[int, int]) -> set[int]:
+    """Which of {chunk id: attempt} are the owner's, as `renew` says, but without a lock and changing nothing."""
+    columns = select(chunks.c.id, chunks.c.attempt).where(chunks.c.owner == owner, is_leased)
+
+    def work(connection: Connection) -> set[int]:
+        found: set[int] = set()
+        for ids in _batches(sorted(held)):
+            rows = connection.execute(columns.where(chunks.c.id.in_(ids)))
+            found.update(row.id for row in rows if row.attempt == held[row.id])
+        return found
+
+    return ledger.read(work) if held else set()
+
+
 def release(ledger: Ledger, owner: str, held: Mapping[int, int]) -> None:
     """Give the leases {chunk id: attempt} back: the Chunks wait again at once. Lost ones are left alone."""
 
@@ -170,7 +185,8 @@ def _lease(connection: Connection, claimed: Update) -> Lease | None:
     row = connection.execute(claimed.returning(chunks, now().label("claimed_at"))).one_or_none()
     if row is None:
         return None
-    job_params = _decode_params(connection.execute(select(jobs.c.params).where(jobs.c.id == row.job_id)).scalar_one())
+    job = connection.execute(select(jobs.c.params, jobs.c.created_at).where(jobs.c.id == row.job_id)).one()
+    job_params = _decode_params(job.params)
     blob = select(chunk_requests.c.requests).where(chunk_requests.c.chunk_id == row.id)
     requests = unpack_requests(connection.execute(blob).scalar_one())
     done: frozenset[tuple[int, int]] = frozenset()
@@ -186,6 +202,7 @@ def _lease(connection: Connection, claimed: Update) -> Lease | None:
         job_params=job_params,
         requests=requests,
         done=done,
+        submitted_at=job.created_at,
         claimed_at=row.claimed_at,
     )
 

@@ -20,7 +20,7 @@ from protocol.requests import Failure
 from protocol.settings import Settings
 from storage.answers import AnswerCache
 from storage.landing_channel import LandingChannel
-from storage.leases import Lease, claim, claim_oldest, release, renew
+from storage.leases import Lease, claim, claim_oldest, release, renew, still_leased
 from storage.ledger import Ledger
 from worker.committer import Committer
 from worker.inference import Inference
@@ -34,6 +34,8 @@ logger = logging.getLogger("millrace.worker")
 _IDLE_CLAIM_INTERVAL_S = 1.0
 _IDLE_CLAIM_AGE_S = 2.0
 _RETRY_S = 1.0
+#: How often cancelled Jobs and passed deadlines are looked for among what runs.
+_WATCH_INTERVAL_S = 0.5
 #: Rows waiting to be committed at which nothing more is taken in: known answers pass no engine that would slow them.
 _MAX_BACKLOG = 8192
 #: Attempts at a Chunk after which what cannot be prepared is our bug and no passing trouble.
@@ -81,6 +83,7 @@ class ChunkService:
         self._threads = [
             threading.Thread(target=self._guarded, args=(self._take_in,), name="intake", daemon=True),
             threading.Thread(target=self._guarded, args=(self._renew,), name="renewal", daemon=True),
+            threading.Thread(target=self._guarded, args=(self._watch,), name="watch", daemon=True),
         ]
 
     def start(self) -> None:
@@ -232,11 +235,13 @@ class ChunkService:
         )  # fmt: skip
         chunk.complete()
 
-    def _drop(self, chunk: OpenChunk) -> None:
-        logger.warning("chunk %d is no longer ours (attempt %d)", chunk.lease.chunk_id, chunk.lease.attempt)
-        self._forget(chunk)
-        self.inference.abandon(chunk)
-        chunk.complete()
+    def _drop(self, *chunks: OpenChunk) -> None:
+        for chunk in chunks:
+            logger.warning("chunk %d is no longer ours (attempt %d)", chunk.lease.chunk_id, chunk.lease.attempt)
+            self._forget(chunk)
+        self.inference.abandon(*chunks)
+        for chunk in chunks:
+            chunk.complete()
 
     def _forget(self, chunk: OpenChunk) -> None:
         with self._open_lock:
@@ -245,16 +250,25 @@ class ChunkService:
 
     def _renew(self) -> None:
         while not self._is_stopping.wait(self._settings.lease_seconds / 3):
-            with self._open_lock:
-                chunks = list(self._open.values())
-            held = {chunk.lease.chunk_id: chunk.lease.attempt for chunk in chunks}
-            if not held:
-                continue
-            try:
-                still: Iterable[int] = renew(self._ledger, self.owner, held, self._settings.lease_seconds)
-            except DatabaseUnavailable as error:
-                logger.warning("leases could not be renewed, trying again: %s", error)
-                continue
-            for chunk in chunks:
-                if chunk.lease.chunk_id not in still and chunk.num_owed:
-                    self._drop(chunk)
+            self._drop_lost(lambda held: renew(self._ledger, self.owner, held, self._settings.lease_seconds))
+
+    def _watch(self) -> None:
+        """A cancelled Job's Sequences, and those whose deadline has passed, leave the engine within a moment."""
+        while not self._is_stopping.wait(_WATCH_INTERVAL_S):
+            self.inference.expire()
+            self._drop_lost(lambda held: still_leased(self._ledger, self.owner, held))
+
+    def _drop_lost(self, ask: Callable[[dict[int, int]], set[int]]) -> None:
+        with self._open_lock:
+            chunks = list(self._open.values())
+        if not chunks:
+            return
+        try:
+            still = ask({chunk.lease.chunk_id: chunk.lease.attempt for chunk in chunks})
+        except DatabaseUnavailable as error:
+            logger.warning("leases could not be looked after, trying again: %s", error)
+            return
+        # One that owes nothing any more is finished, or about to be.
+        lost = [chunk for chunk in chunks if chunk.lease.chunk_id not in still and chunk.num_owed]
+        if lost:
+            self._drop(*lost)

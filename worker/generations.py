@@ -6,8 +6,10 @@ key that is running, or that is finished but not yet committed, joins it.
 """
 
 import logging
+import math
 import secrets
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -31,13 +33,17 @@ _NO_TERMS = LogitTerms()
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One sample that its owner waits for. `key` names its answer; None for a draw that cannot be repeated."""
+    """One sample that its owner waits for, until `deadline` (monotonic seconds) at most.
+
+    `key` names its answer; None for a draw that cannot be repeated.
+    """
 
     owner: Owner
     request: Request
     params: ResolvedParams
     sample: int
     key: bytes | None
+    deadline: float | None = None
 
 
 @dataclass(slots=True)
@@ -78,7 +84,7 @@ class Generation:
         self.watch = StopWatch(tokenizer, self.prompt_ids, stop, self.params.min_tokens) if stop else None
 
     def to_wire(self, sample_of: int | None = None) -> NewSequence:
-        params = self.params
+        params, deadlines = self.params, [piece.deadline for piece in self.waiters if piece.deadline is not None]
         terms = LogitTerms(
             repetition_penalty=params.repetition_penalty,
             presence_penalty=params.presence_penalty,
@@ -102,6 +108,7 @@ class Generation:
             sample_of=sample_of,
             score_from=-1 if self.score is None else self.score.start,
             num_top=params.prompt_logprobs or 0,
+            deadline=time.time() - time.monotonic() + min(deadlines) if deadlines else None,
             priority=min(piece.owner.priority for piece in self.waiters),
         )
 
@@ -135,6 +142,7 @@ class Generations:
         self._by_key: dict[bytes, Generation] = {}
         self._uncommitted: dict[bytes, Answer] = {}
         self._next_seq_id = 1
+        self._first_deadline = math.inf  # of all who wait, or earlier
         self._loads: Counter[int] = Counter()  # tokens, as in num_tokens, by engine
         self._down: set[int] = set()  # engines that have died and are not back
         self.max_aboard = 1  # Sequences that an engine runs at once
@@ -159,7 +167,7 @@ class Generations:
                 return answer
             if (running := self._by_key.get(piece.key)) is None:
                 return False
-            running.waiters.append(piece)
+            self._wait_for(running, piece)
             return True
 
     def add(self, pieces: Iterable[tuple[Piece, list[int] | ScoredPrompt]], context_tokens: int) -> None:
@@ -171,10 +179,13 @@ class Generations:
         engines: dict[int, int] = {}  # by prompt: the samples of a Request share their prompt's blocks
         with self._lock:
             for piece, prompt in pieces:
+                if piece.owner.is_abandoned:
+                    continue
                 if piece.key is not None and (twin := self._by_key.get(piece.key)) is not None:
-                    twin.waiters.append(piece)
+                    self._wait_for(twin, piece)
                     continue
                 generation = self._make(piece, prompt, context_tokens)
+                self._wait_for(generation, piece)
                 generation.engine = engines.setdefault(id(prompt), self._least_loaded())
                 added[generation.engine].append(generation)
                 self._loads[generation.engine] += generation.num_tokens
@@ -184,6 +195,11 @@ class Generations:
                     self._by_key[piece.key] = generation
             for engine, theirs in added.items():
                 self._tell(engine, self._quarantines[engine].add(generation.seq_id for generation in theirs))
+
+    def _wait_for(self, generation: Generation, piece: Piece) -> None:
+        generation.waiters.append(piece)
+        if piece.deadline is not None:
+            self._first_deadline = min(self._first_deadline, piece.deadline)
 
     def _tell(self, engine: int, seq_ids: list[int]) -> None:
         if seq_ids:
@@ -206,7 +222,7 @@ class Generations:
             sample=piece.sample,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             key=piece.key,
-            waiters=[piece],
+            waiters=[],
             score=None if params.prompt_logprobs is None else ScoreParts(start),
         )
         generation.start_over(self._tokenizer)
@@ -301,16 +317,42 @@ class Generations:
             )
             self._on_done(guilty, Failure("engine_died", message))
 
-    def abandon(self, owner: Owner) -> None:
-        """It waits no longer: generations that nobody else waits for are cancelled."""
-        cancelled: list[tuple[Generation, int]] = []
+    def abandon(self, *owners: Owner) -> None:
+        """They wait no longer: nothing is started for them, and what nobody else waits for is cancelled."""
         with self._lock:
-            for generation in list(self._live.values()):
-                generation.waiters = [w for w in generation.waiters if w.owner is not owner]
+            for owner in owners:
+                owner.abandon()
+            cancelled = []
+            for generation in self._live.values():
+                generation.waiters = [waiter for waiter in generation.waiters if not waiter.owner.is_abandoned]
                 if not generation.waiters:
-                    cancelled.append((generation, 0))
-                    self._remove(generation)
-        self._end_in_engines(cancelled)
+                    cancelled.append(generation)
+            self._cancel(cancelled)
+
+    def expire(self, now: float) -> list[Piece]:
+        """The pieces whose deadline has passed, which wait no longer; what nobody else waits for is cancelled."""
+        expired: list[Piece] = []
+        with self._lock:
+            if now < self._first_deadline:
+                return expired
+            self._first_deadline = math.inf
+            cancelled = []
+            for generation in self._live.values():
+                deadlines = [math.inf if piece.deadline is None else piece.deadline for piece in generation.waiters]
+                waiters = list(zip(generation.waiters, deadlines, strict=True))
+                expired += [piece for piece, deadline in waiters if deadline <= now]
+                generation.waiters = [piece for piece, deadline in waiters if deadline > now]
+                if not generation.waiters:
+                    cancelled.append(generation)
+                self._first_deadline = min([self._first_deadline, *(at for at in deadlines if at > now)])
+            self._cancel(cancelled)
+        return expired
+
+    def _cancel(self, generations: list[Generation]) -> None:
+        """The engine frees their blocks before its next step."""
+        for generation in generations:
+            self._remove(generation)
+        self._end_in_engines([(generation, 0) for generation in generations])
 
     def _end_in_engines(self, ended: list[tuple[Generation, int]]) -> None:
         """Each with the number of output tokens to keep."""

@@ -4,6 +4,7 @@ It owns the tokenizer, the engines, the registry of what they owe, and the way t
 """
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from worker.defaults import read_model_defaults
 from worker.engine_group import EngineGroup
 from worker.generations import Generation, Generations
 from worker.owner import Owner
-from worker.preparation import UNSET_PARAMS, Preparation, answered, failed
+from worker.preparation import UNSET_PARAMS, Preparation, answered, failed, too_late
 from worker.text import Tokenizer
 
 logger = logging.getLogger("millrace.worker")
@@ -104,9 +105,18 @@ class Inference:
         """Start what is not known already; as in Preparation.run, whose errors it raises."""
         self._preparation.run(owner, requests, job_params, done)
 
-    def abandon(self, owner: Owner) -> None:
-        """The owner waits no longer: what nobody else waits for is cancelled."""
-        self._generations.abandon(owner)
+    def abandon(self, *owners: Owner) -> None:
+        """The owners wait no longer: what nobody else waits for is cancelled."""
+        self._generations.abandon(*owners)
+        self._on_room()
+
+    def expire(self) -> None:
+        """End what waits for longer than it may; to be called now and then."""
+        late = self._generations.expire(time.monotonic())
+        for piece in late:
+            piece.owner.settle(too_late(piece))
+        if late:
+            self._on_room()
 
     def committed(self, keys: Iterable[bytes]) -> None:
         """These answers can be found in the database from now on."""

@@ -36,6 +36,7 @@ class OpenChunk:
     num_ok: int = 0
     num_error: int = 0
     num_cached: int = 0
+    is_abandoned: bool = False  # the lease is lost
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -45,6 +46,14 @@ class OpenChunk:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
+
+    @property
+    def submitted(self) -> float:
+        # How long ago that was, the database's clock says.
+        return self.started + self.lease.submitted_at - self.lease.claimed_at
+
+    def abandon(self) -> None:
+        self.is_abandoned = True
 
     def expect(self, num_results: int) -> None:
         self.num_owed = num_results

@@ -20,6 +20,17 @@ class Owner(Protocol):
     def seconds(self) -> float:
         """Since it was taken up."""
 
+    @property
+    def submitted(self) -> float:
+        """When its Requests were submitted, in monotonic seconds here; timeouts count from then."""
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Set by `abandon`, for good: nothing is started for it any more."""
+
+    def abandon(self) -> None:
+        """It waits no longer."""
+
     def expect(self, num_results: int) -> None:
         """Before the first of them: how many Results there will be."""
 

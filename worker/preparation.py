@@ -1,6 +1,7 @@
 """From Requests to generations: parameters resolved, known answers found, prompts tokenized, misfits refused."""
 
 import logging
+import time
 from collections.abc import Collection, Iterable, Sequence
 
 from protocol.errors import InvalidRequest
@@ -56,7 +57,7 @@ class Preparation:
         owner.expect(len(pieces) + len(failures))
         for request, failure in failures:
             owner.settle(failed(request, failure, None, 0, owner))
-        unknown = self._serve_known(pieces)
+        unknown = self._serve_known(_in_time(pieces))
         self._start(unknown)
 
     def _pieces(
@@ -77,9 +78,12 @@ class Preparation:
                 if (request.line, 0) not in done:
                     failures.append((request, Failure(error.code, error.message)))
                 continue
+            timeout_s = request.params.timeout if request.params.timeout is not None else job_params.timeout
+            deadline = None if timeout_s is None else owner.submitted + timeout_s
             for sample, each in enumerate(samples_of(request, params.n)):
                 if (request.line, sample) not in done:
-                    pieces.append(Piece(owner, each, params, sample, self._key(owner, each, params, sample)))
+                    key = self._key(owner, each, params, sample)
+                    pieces.append(Piece(owner, each, params, sample, key, deadline))
         return pieces, failures
 
     def _key(self, owner: Owner, request: Request, params: ResolvedParams, sample: int) -> bytes | None:
@@ -152,6 +156,15 @@ class Preparation:
         )
 
 
+def _in_time(pieces: list[Piece]) -> list[Piece]:
+    """Those whose deadline has not passed yet; the others end here."""
+    now = time.monotonic()
+    late = [piece for piece in pieces if piece.deadline is not None and piece.deadline <= now]
+    for piece in late:
+        piece.owner.settle(too_late(piece))
+    return [piece for piece in pieces if piece.deadline is None or piece.deadline > now] if late else pieces
+
+
 def check_token_ids(request: Request, params: ResolvedParams, vocab_size: int) -> None:
     """Raises InvalidRequest naming the first token id that the model does not have."""
     for name, ids in (
@@ -183,6 +196,15 @@ def answered(piece: Piece, answer: Answer, *, is_cached: bool) -> Result:
         params=piece.params,
         seconds=piece.owner.seconds,
     )
+
+
+def too_late(piece: Piece) -> Result:
+    """Of a piece whose deadline has passed."""
+    timeout_s = (piece.deadline or 0.0) - piece.owner.submitted
+    failure = Failure(
+        "deadline_exceeded", f"there was no answer within timeout={timeout_s:g} seconds from submission: submit it anew"
+    )
+    return failed(piece.request, failure, piece.params, piece.sample, piece.owner)
 
 
 def failed(request: Request, failure: Failure, params: ResolvedParams | None, sample: int, owner: Owner) -> Result:

@@ -11,34 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.processes import Watched, descendants
+from tests.tiny_model import build_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds for anything to happen; starting a worker takes about ten on two busy cores.
 PATIENCE_S = 120.0
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder named `tiny`: a random Llama of two layers that holds 512 tokens, with a tokenizer and a template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from tests.engine.families import VOCAB_SIZE
-    from tests.engine.reference import build_model
-
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["the queue holds the prompts and the worker pulls them " * 20], trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    wrapped.chat_template = TEMPLATE
-    build_model("llama").save_pretrained(folder)
-    wrapped.save_pretrained(folder)
-    return folder
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 class Running:

@@ -8,7 +8,7 @@ import pytest
 
 from protocol.errors import InvalidRequest
 from protocol.requests import Message, Request, answer_key
-from protocol.sampling import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, ResolvedParams, SamplingParams, resolve
+from protocol.sampling import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, MAX_TIMEOUT_S, ResolvedParams, SamplingParams, resolve
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,16 @@ LIMITS = [
     Limits("stop_token_ids", ((), (0, 5) * (MAX_STOP_TOKEN_IDS // 2)), ((-1,), (5,) * (MAX_STOP_TOKEN_IDS + 1))),
     Limits("logprobs", (0, 20), (-1, 21)),
     Limits("prompt_logprobs", (0, 20), (-1, 21)),
+    Limits("timeout", (1e-3, MAX_TIMEOUT_S), (0, -1, MAX_TIMEOUT_S + 1, NAN, INF)),
 ]
 
 
 def test_every_parameter_has_its_limits_tested() -> None:
     assert {limits.name for limits in LIMITS} == set(SamplingParams.__struct_fields__)
     of_embeddings = {"dimensions", "encoding_format"}  # are a Request's, and checked where it is read
-    assert {limits.name for limits in LIMITS} == set(ResolvedParams.__struct_fields__) - of_embeddings
+    changes_no_answer = {"timeout"}
+    resolved = set(ResolvedParams.__struct_fields__)
+    assert {limits.name for limits in LIMITS} - changes_no_answer == resolved - of_embeddings
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: limits.name)

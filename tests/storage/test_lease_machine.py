@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 
 from protocol.requests import Request, Result
 from storage.jobs import append_chunk, cancel_job, reopen_errors
-from storage.leases import Lease, claim, claim_oldest, release, renew
+from storage.leases import Lease, claim, claim_oldest, release, renew, still_leased
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit, count, read_results
 from tests.storage.samples import answered, chunk_row, died, expire, failed, new_job
@@ -116,6 +116,7 @@ class _LeaseMachine(RuleBasedStateMachine):
     def renew(self, lease: Lease) -> None:
         chunk = self._chunk(lease)
         is_held = self._is_held(lease)
+        assert still_leased(self.ledger, lease.owner, {chunk.id: lease.attempt}) == ({chunk.id} if is_held else set())
         assert renew(self.ledger, lease.owner, {chunk.id: lease.attempt}, 600) == ({chunk.id} if is_held else set())
         if is_held:
             chunk.is_expired = False

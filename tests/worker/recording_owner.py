@@ -10,8 +10,13 @@ class RecordingOwner:
     tenant: str = "default"
     priority: int = 0
     seconds: float = 0.0
+    submitted: float = 0.0
+    is_abandoned: bool = False
     num_expected: int | None = None
     settled: list[tuple[Result, bytes | None]] = field(default_factory=list)
+
+    def abandon(self) -> None:
+        self.is_abandoned = True
 
     def expect(self, num_results: int) -> None:
         self.num_expected = num_results

@@ -1,5 +1,6 @@
 """The registry of running generations, driven with frames as the engine sends them."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -157,6 +158,32 @@ def test_abandoning_an_owner_cancels_only_what_nobody_else_waits_for(harness: Ha
     harness.step((running_shared.seq_id, 9), finished=[(running_shared.seq_id, "length", 1)])
     ((generation, _),) = harness.done
     assert [w.owner for w in generation.waiters] == [other]
+
+
+def test_nothing_is_started_for_an_owner_that_gave_up_while_it_was_prepared(harness: Harness) -> None:
+    lost = RecordingOwner()
+    harness.generations.abandon(lost)
+    harness.generations.add([(harness.piece(b"k", lost), [5]), (harness.piece(None, lost), [5])], 100)
+    assert harness.sent == []
+    assert harness.generations.num_live == 0
+
+
+def test_a_passed_deadline_ends_who_waits_until_then_and_frees_what_nobody_else_waits_for(harness: Harness) -> None:
+    def piece(key: bytes, deadline: float | None) -> Piece:
+        return dataclasses.replace(harness.piece(key), deadline=deadline)
+
+    early, late, patient, alone = piece(b"s", 10.0), piece(b"s", 20.0), piece(b"s", None), piece(b"a", 10.0)
+    harness.generations.add([(early, [5]), (alone, [6]), (late, [5]), (patient, [5])], 100)
+    _, running_alone = harness.sent[0].add
+    assert [sequence.deadline is not None for sequence in harness.sent[0].add] == [True, True]
+
+    assert harness.generations.expire(9.9) == []
+    assert harness.generations.expire(10.0) == [early, alone]
+    assert harness.sent[1:] == [Intake(finish=[(running_alone.seq_id, 0)])]
+    assert harness.generations.expire(19.9) == []
+    assert harness.generations.expire(25.0) == [late]
+    assert harness.generations.expire(1e9) == []
+    assert harness.generations.num_live == 1
 
 
 def test_every_parameter_reaches_the_engine(harness: Harness) -> None:
