@@ -11,14 +11,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 from redis import Redis
 from sqlalchemy import Connection, select
 
+from protocol.frames import FinishReason
 from protocol.requests import Answer
-from storage.clock import now
 from storage.insertion import insert_new
 from storage.ledger import Ledger
 from storage.optional_redis import OptionalRedis, connect
@@ -75,6 +76,10 @@ else
 end
 """
 
+#: Of an Answer, in the order of both tables that hold them.
+ANSWER_COLUMNS = Answer.__struct_fields__
+_columns = attrgetter(*ANSWER_COLUMNS)
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Answer).decode
 
@@ -82,36 +87,46 @@ _decode = msgspec.msgpack.Decoder(Answer).decode
 def find_answers(ledger: Ledger, keys: Iterable[bytes]) -> dict[bytes, Answer]:
     """Those of the answers that are known. Raises DatabaseUnavailable."""
     wanted = list(dict.fromkeys(keys))
+    columns_of_answer = select(answers.c.key, *(answers.c[name] for name in ANSWER_COLUMNS))
 
     def work(connection: Connection) -> dict[bytes, Answer]:
         found = {}
         for batch in _batches(wanted):
-            for row in connection.execute(select(answers).where(answers.c.key.in_(batch))):
-                found[row.key] = to_answer(row)
+            for key, *columns in connection.execute(columns_of_answer.where(answers.c.key.in_(batch))):
+                found[key] = to_answer(*columns)
         return found
 
     return ledger.read(work) if wanted else {}
 
 
-def to_answer(row: Any) -> Answer:
-    """Of a row with an answer's columns, here or among the Results."""
+def to_answer(
+    text: str,
+    finish_reason: FinishReason,
+    prompt_tokens: int,
+    completion_tokens: int,
+    logprobs: bytes | None,
+    score: bytes | None,
+    embedding: bytes | None,
+    classification: bytes | None,
+) -> Answer:
+    """Of the values of ANSWER_COLUMNS, here or among the Results."""
     return Answer(
-        text=row.text,
-        finish_reason=row.finish_reason,
-        prompt_tokens=row.prompt_tokens,
-        completion_tokens=row.completion_tokens,
-        logprobs=row.logprobs,
-        score=row.score,
-        embedding=row.embedding,
-        classification=row.classification,
+        text=text,
+        finish_reason=finish_reason,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        logprobs=logprobs,
+        score=score,
+        embedding=embedding,
+        classification=classification,
     )
 
 
 def insert_answers(connection: Connection, new: Mapping[bytes, Answer]) -> None:
     """Keep these answers; one that is known already stays as it is."""
     # In one order for everybody, so that two transactions with the same new answers do not deadlock.
-    rows = [{"key": key, **msgspec.structs.asdict(new[key])} for key in sorted(new)]
-    insert_new(connection, answers, rows, computed={"created_at": now()})
+    rows = [(key, *_columns(new[key])) for key in sorted(new)]
+    insert_new(connection, answers, ("key", *ANSWER_COLUMNS), rows, stamped=("created_at",))
 
 
 class AnswerCache:

@@ -1,44 +1,55 @@
 """Inserting many rows, leaving out those that are already there, in the way that is fast on each database."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ARRAY, Column, ColumnElement, Connection, Row, Table, bindparam, column, func, select
+from sqlalchemy import ARRAY, Connection, Dialect, Table, bindparam, column, func, select
 from sqlalchemy.dialects import postgresql, sqlite
+
+from storage.clock import now
+from storage.tables import FreeText, escape
 
 
 def insert_new(
     connection: Connection,
     table: Table,
-    rows: Sequence[Mapping[str, Any]],
+    names: tuple[str, ...],
+    rows: Sequence[tuple[Any, ...]],
     *,
-    computed: Mapping[str, ColumnElement[Any]] | None = None,
-    returning: Sequence[Column[Any]] = (),
-) -> Sequence[Row[Any]]:
-    """Insert rows with equal keys each; `computed` are columns whose value the database computes.
+    stamped: tuple[str, ...] = (),
+) -> int:
+    """Insert rows of the columns `names`; `stamped` are columns that get the time by the database's clock.
 
-    Returns the columns `returning` of those rows that were not there yet.
+    Returns how many of them were not there yet. Values go to the driver as they are, so they are of plain types.
     """
-    computed = computed or {}
     if not rows:
-        return []
+        return 0
+    statement = _statement(connection.dialect, table, names, stamped)
+    columns: list[Sequence[Any]] = list(zip(*rows, strict=True))
+    for i, name in enumerate(names):
+        if isinstance(table.c[name].type, FreeText):
+            columns[i] = [None if value is None else escape(value) for value in columns[i]]
+    parameters: Any = list(zip(*columns, strict=True))
     if connection.dialect.name == "postgresql":
-        statement, parameters = _from_arrays(table, rows, computed)
-        inserted = connection.execute(statement.on_conflict_do_nothing().returning(*returning), parameters)
-    else:
-        plain = sqlite.insert(table).values(**computed).on_conflict_do_nothing()
-        inserted = connection.execute(plain.returning(*returning), rows)
-    return inserted.all() if returning else []
+        # One array for each column: psycopg looks for every placeholder of a statement in Python, and with one for
+        # each value that takes several times as long as the database needs for the rows.
+        parameters = {name: list(values) for name, values in zip(names, columns, strict=True)}
+    options = {"preserve_rowcount": True}
+    return connection.exec_driver_sql(statement, parameters, execution_options=options).rowcount
 
 
-def _from_arrays(
-    table: Table, rows: Sequence[Mapping[str, Any]], computed: Mapping[str, ColumnElement[Any]]
-) -> tuple[postgresql.Insert, dict[str, list[Any]]]:
-    # One array for each column: psycopg looks for every placeholder of a statement in Python, and with one for each
-    # value that takes several times as long as the database needs for the rows.
-    names = list(rows[0])
+# SQLAlchemy writes the statement, but the rows pass it by: its own way costs more for each of them than the database.
+@lru_cache(maxsize=64)
+def _statement(dialect: Dialect, table: Table, names: tuple[str, ...], stamped: tuple[str, ...]) -> str:
+    if dialect.name != "postgresql":
+        values: dict[str, Any] = {name: bindparam(name) for name in names}
+        insert = sqlite.insert(table).values(values | {name: now() for name in stamped})
+        # The placeholders' order is the table's.
+        assert list(names) == [c.name for c in table.c if c.name in names], "names must be in the table's order"
+        return str(insert.on_conflict_do_nothing().compile(dialect=dialect))
     arrays = [bindparam(name, type_=ARRAY(table.c[name].type)) for name in names]
     source = func.unnest(*arrays).table_valued(*(column(name, table.c[name].type) for name in names)).render_derived()
-    selected = select(*source.c, *computed.values())
-    statement = postgresql.insert(table).from_select([*names, *computed], selected)
-    return statement, {name: [row[name] for row in rows] for name in names}
+    selected = select(*source.c, *(now() for _ in stamped))
+    from_arrays = postgresql.insert(table).from_select([*names, *stamped], selected)
+    return str(from_arrays.on_conflict_do_nothing().compile(dialect=dialect))

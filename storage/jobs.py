@@ -16,7 +16,7 @@ from storage.clock import now
 from storage.insertion import insert_new
 from storage.leases import lock_chunks
 from storage.ledger import Ledger
-from storage.results import COUNTERS, count, insert_results, to_row
+from storage.results import COUNTERS, count, insert_results, to_rows
 from storage.tables import chunk_requests, chunks, is_leased, is_unfinished, is_waiting, jobs, results
 
 JobState = Literal["submitting", "running", "finished", "cancelled"]
@@ -28,6 +28,8 @@ _ID_PREFIX = re.compile(f"[0-9a-f]{{{_MIN_PREFIX},16}}")
 _PAGE = 1000
 #: Chunks whose errors are taken back in one transaction, which meanwhile keeps the Job's producer waiting.
 _REOPENED = 100
+
+_NEW_JOB = ("id", "tenant", "identity", "model", "params", "state")
 
 _decode_params = msgspec.json.Decoder(SamplingParams).decode
 
@@ -71,11 +73,10 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
 def open_job(ledger: Ledger, *, tenant: str, identity: str, model: str, params: SamplingParams) -> tuple[Job, bool]:
     """The tenant's Job with this identity, made now if there is none; True if it was. Raises DatabaseUnavailable."""
     job_id = secrets.token_hex(8)
-    row = {"id": job_id, "tenant": tenant, "identity": identity, "model": model, "state": "submitting"}
-    row["params"] = msgspec.json.encode(params).decode()
+    row = (job_id, tenant, identity, model, msgspec.json.encode(params).decode(), "submitting")
 
     def work(connection: Connection) -> Job:
-        insert_new(connection, jobs, [row], computed={"created_at": now()})
+        insert_new(connection, jobs, _NEW_JOB, [row], stamped=("created_at",))
         same = (jobs.c.tenant == tenant) & (jobs.c.identity == identity)
         return _job(connection.execute(select(jobs).where(same)).one())
 
@@ -146,7 +147,7 @@ def append_chunk(
     SubmissionConflict when the lines are there already or the Job takes no more; DatabaseUnavailable.
     """
     blob = pack_requests(requests) if requests else None
-    rows = [to_row(job_id, 0, failure) for failure in failures]
+    rows = to_rows(job_id, 0, failures)
     chunk = {"job_id": job_id, "first_line": first_line, "last_line": last_line, "num_requests": len(requests)}
     chunk |= {"state": "waiting" if requests else "finished", "attempt": 0, **count(failures)}
     is_retry = False

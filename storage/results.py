@@ -1,22 +1,36 @@
 """Results: exactly one row for each sample of each Request, written under its Chunk's lease and counted with it."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, bindparam, select, tuple_, update
 
-from protocol.requests import Answer, Failure, Result
+from protocol.requests import Answer, Endpoint, Failure, Result
 from protocol.sampling import ResolvedParams
-from storage.answers import insert_answers, to_answer
+from storage.answers import ANSWER_COLUMNS, insert_answers, to_answer
 from storage.insertion import insert_new
 from storage.leases import Lease, lock_chunks
 from storage.ledger import Ledger
 from storage.tables import chunks, results
 
 COUNTERS = ("num_ok", "num_error", "num_cached", "prompt_tokens", "completion_tokens", "computed_tokens")
+
+#: A row of the table, as `to_rows` makes it: its columns in their order.
+Row = tuple[Any, ...]
+
+_NAMES = tuple(results.c.keys())
+_READ = [
+    *(results.c.line, results.c.sample, results.c.custom_id, results.c.endpoint),
+    *(results.c.error_code, results.c.error_message, results.c.params, results.c.is_cached, results.c.seconds),
+    *(results.c[name] for name in ANSWER_COLUMNS),
+]
+_NO_ANSWER = (None,) * len(ANSWER_COLUMNS)
+_answer_columns = attrgetter(*ANSWER_COLUMNS)
 
 _encode_params = msgspec.json.Encoder().encode
 _decode_params = lru_cache(maxsize=1024)(msgspec.json.Decoder(ResolvedParams).decode)
@@ -50,18 +64,31 @@ def read_results(
     limit: int = 1000,
 ) -> list[Result]:
     """The next Results after (line, sample), in that order. Raises DatabaseUnavailable."""
-    statement = select(results).where(results.c.job_id == job_id)
+    statement = select(*_READ).where(results.c.job_id == job_id)
     statement = statement.where(tuple_(results.c.line, results.c.sample) > tuple_(*after))
     if up_to_line is not None:
         statement = statement.where(results.c.line <= up_to_line)
     statement = statement.order_by(results.c.line, results.c.sample).limit(limit)
-    return ledger.read(lambda connection: [_from_row(row) for row in connection.execute(statement)])
+    return ledger.read(lambda connection: [_from_row(*row) for row in connection.execute(statement)])
 
 
-def insert_results(connection: Connection, rows: list[dict[str, Any]]) -> set[tuple[str, int, int]]:
-    """Insert rows made by `to_row`; returns the (job_id, line, sample) of those that were not there yet."""
-    keys = (results.c.job_id, results.c.line, results.c.sample)
-    return {(row.job_id, row.line, row.sample) for row in insert_new(connection, results, rows, returning=keys)}
+def insert_results(connection: Connection, rows: list[Row]) -> list[Row]:
+    """Insert rows made by `to_rows`; returns those that were not there yet. Nobody else may insert the same now."""
+    with connection.begin_nested() as savepoint:
+        if insert_new(connection, results, _NAMES, rows) == len(rows):
+            return rows
+        savepoint.rollback()
+    stored = {key for job_id in {row[0] for row in rows} for key in _stored_keys(connection, job_id, rows)}
+    left = {row[:3]: row for row in reversed(rows) if row[:3] not in stored}
+    insert_new(connection, results, _NAMES, list(left.values()))
+    return list(left.values())
+
+
+def _stored_keys(connection: Connection, job_id: str, rows: list[Row]) -> Iterator[tuple[str, int, int]]:
+    lines = [row[1] for row in rows if row[0] == job_id]
+    among = (results.c.job_id == job_id) & results.c.line.between(min(lines), max(lines))
+    for line, sample in connection.execute(select(results.c.line, results.c.sample).where(among)):
+        yield job_id, line, sample
 
 
 def count(stored: Iterable[Result]) -> dict[str, int]:
@@ -81,49 +108,55 @@ def count(stored: Iterable[Result]) -> dict[str, int]:
     return dict(counter)
 
 
-def to_row(job_id: str, attempt: int, result: Result) -> dict[str, Any]:
-    """A Result as its table row; exactly one of answer and failure must be set."""
-    answer, failure = result.answer, result.failure
-    assert (answer is None) != (failure is None), f"line {result.line} needs an answer or a failure"
-    return {
-        "job_id": job_id,
-        "line": result.line,
-        "sample": result.sample,
-        "custom_id": result.custom_id,
-        "endpoint": result.endpoint,
-        "text": answer and answer.text,
-        "finish_reason": answer and answer.finish_reason,
-        "prompt_tokens": answer and answer.prompt_tokens,
-        "completion_tokens": answer and answer.completion_tokens,
-        "logprobs": answer and answer.logprobs,
-        "score": answer and answer.score,
-        "embedding": answer and answer.embedding,
-        "classification": answer and answer.classification,
-        "error_code": failure and failure.code,
-        "error_message": failure and failure.message,
-        "params": result.params and _encode_params(result.params).decode(),
-        "is_cached": result.is_cached,
-        "seconds": result.seconds,
-        "attempt": attempt,
-    }
+def to_rows(job_id: str, attempt: int, stored: Iterable[Result]) -> list[Row]:
+    """Results as rows of the table; exactly one of answer and failure must be set in each."""
+    shown: dict[int, str] = {}  # by identity: a Chunk's Results have most parameters in common
+    rows = []
+    for result in stored:
+        answer, failure, params = result.answer, result.failure, result.params
+        assert (answer is None) != (failure is None), f"line {result.line} needs an answer or a failure"
+        if params is not None and id(params) not in shown:
+            shown[id(params)] = _encode_params(params).decode()
+        rows.append(
+            (
+                job_id,
+                result.line,
+                result.sample,
+                result.custom_id,
+                result.endpoint,
+                *(_NO_ANSWER if answer is None else _answer_columns(answer)),
+                *((None, None) if failure is None else (failure.code, failure.message)),
+                None if params is None else shown[id(params)],
+                result.is_cached,
+                result.seconds,
+                attempt,
+            )
+        )
+    return rows
 
 
-def _from_row(row: Any) -> Result:
-    answer = failure = None
-    if row.error_code is None:
-        answer = to_answer(row)
-    else:
-        failure = Failure(row.error_code, row.error_message)
+def _from_row(
+    line: int,
+    sample: int,
+    custom_id: str | None,
+    endpoint: Endpoint,
+    error_code: str | None,
+    error_message: str | None,
+    params: str | None,
+    is_cached: bool,
+    seconds: float,
+    *answer: Any,
+) -> Result:
     return Result(
-        line=row.line,
-        sample=row.sample,
-        custom_id=row.custom_id,
-        endpoint=row.endpoint,
-        answer=answer,
-        failure=failure,
-        is_cached=row.is_cached,
-        params=None if row.params is None else _decode_params(row.params),
-        seconds=row.seconds,
+        line=line,
+        sample=sample,
+        custom_id=custom_id,
+        endpoint=endpoint,
+        answer=to_answer(*answer) if error_code is None else None,
+        failure=None if error_code is None else Failure(error_code, error_message or ""),
+        is_cached=is_cached,
+        params=None if params is None else _decode_params(params),
+        seconds=seconds,
     )
 
 
@@ -138,18 +171,22 @@ _FINISH = update(chunks).where(chunks.c.id == bindparam("chunk")).values(state="
 
 def _commit(connection: Connection, commits: Sequence[ChunkCommit]) -> set[int]:
     writable, lost = _fence(connection, commits)
-    wanted: dict[tuple[str, int, int], tuple[Lease, Result]] = {}
-    for each in writable:
-        for result in each.results:
-            wanted.setdefault((each.lease.job_id, result.line, result.sample), (each.lease, result))
-    new = insert_results(connection, [to_row(lease.job_id, lease.attempt, result) for lease, result in wanted.values()])
+    rows = [to_rows(each.lease.job_id, each.lease.attempt, each.results) for each in writable]
+    flat = list(chain.from_iterable(rows))
+    new = insert_results(connection, flat)
     # Only new rows count: an earlier try or an earlier attempt may have stored the others.
-    stored = defaultdict(list)
-    for key in new:
-        lease, result = wanted[key]
-        stored[lease.chunk_id].append(result)
-    if stored:
-        connection.execute(_COUNT, [{"chunk": chunk_id, **_added(of_chunk)} for chunk_id, of_chunk in stored.items()])
+    uncounted = None if len(new) == len(flat) else {row[:3] for row in new}
+    added = []
+    for each, of_chunk in zip(writable, rows, strict=True):
+        stored = each.results
+        if uncounted is not None:
+            firsts = {row[:3]: result for result, row in zip(reversed(stored), reversed(of_chunk), strict=True)}
+            stored = [result for key, result in firsts.items() if key in uncounted]
+            uncounted -= firsts.keys()
+        if stored:
+            added.append({"chunk": each.lease.chunk_id, **_added(stored)})
+    if added:
+        connection.execute(_COUNT, added)
     finished = [{"chunk": each.lease.chunk_id} for each in writable if each.is_finished]
     if finished:
         connection.execute(_FINISH, finished)

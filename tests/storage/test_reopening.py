@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, event, insert, text, update
+from sqlalchemy import Connection, Engine, event, text, update
 
 from protocol.errors import JobNotFound
 from protocol.requests import Request
@@ -23,7 +23,7 @@ from storage.jobs import (
 )
 from storage.leases import claim, release
 from storage.ledger import Ledger
-from storage.results import ChunkCommit, commit, read_results, to_row
+from storage.results import ChunkCommit, commit, insert_results, read_results, to_rows
 from storage.tables import chunks, results
 from tests.storage.lossy_proxy import LossyProxy
 from tests.storage.samples import (
@@ -246,10 +246,10 @@ def test_taking_back_whose_reply_is_lost_is_counted(lossy_ledger: Ledger, lossy_
 def test_all_chunks_of_a_large_job_are_reopened(ledger: Ledger) -> None:
     job = new_job(ledger)
     add_many_chunks(ledger, job, 450, state="finished")
-    rows = [to_row(job.id, 1, died(line)) for line in range(1, 451)]
+    rows = to_rows(job.id, 1, [died(line) for line in range(1, 451)])
 
     def fail_all(connection: Connection) -> None:
-        connection.execute(insert(results), rows)
+        insert_results(connection, rows)
         connection.execute(update(chunks).values(num_error=1))
 
     ledger.write(fail_all)
