@@ -23,7 +23,7 @@ from storage.landing_channel import LandingChannel
 from storage.leases import Lease, claim, claim_oldest, release, renew, still_leased
 from storage.ledger import Ledger
 from worker.committer import Committer
-from worker.inference import Inference
+from worker.inference import ENGINE_MODULE, Inference
 from worker.open_chunk import OpenChunk, Ticket
 from worker.preparation import failed
 
@@ -52,6 +52,7 @@ class ChunkService:
         *,
         on_credit: Callable[[], None],
         on_fatal: Callable[[str], None],
+        engine_module: str = ENGINE_MODULE,
     ) -> None:
         self._settings = settings
         self._ledger = Ledger(settings.database_url)
@@ -73,6 +74,7 @@ class ChunkService:
             model_folder,
             on_room=self._room_changed,
             on_fatal=on_fatal,
+            engine_module=engine_module,
         )
         self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._open: dict[int, OpenChunk] = {}

@@ -23,6 +23,7 @@ class EngineGroup:
     def __init__(
         self,
         settings: EngineSettings,
+        module: str,
         num_engines: int | None,
         start_timeout_s: float,
         *,
@@ -34,6 +35,7 @@ class EngineGroup:
         if num_engines is not None and num_engines < 1:
             raise ConfigurationError(f"num_engines={num_engines} is too small: it must be at least 1")
         self._settings = settings
+        self._module = module
         self._num_engines = num_engines
         self._start_timeout_s = start_timeout_s
         self._on_ready, self._on_step, self._on_death, self._on_fatal = on_ready, on_step, on_death, on_fatal
@@ -68,6 +70,7 @@ class EngineGroup:
         number = len(self._links)
         link = EngineLink(
             settings,
+            self._module,
             self._start_timeout_s,
             on_ready=partial(self._on_ready, number),
             on_step=self._on_step,

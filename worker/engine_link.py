@@ -25,7 +25,9 @@ _STOP_GRACE_S = 5.0
 
 
 class EngineLink:
-    """Owns the process and its socket. `on_step` and `on_death` run in the link's own thread.
+    """Owns the process and its socket: `module` is what runs in it, worker.engine.process or what speaks as it does.
+
+    `on_step` and `on_death` run in the link's own thread.
 
     `on_ready` runs there too when a new engine has replaced a dead one. It gets a function that opens the way to the
     new engine, to be called under whatever lock keeps others from sending before all that is owed has been sent.
@@ -34,6 +36,7 @@ class EngineLink:
     def __init__(
         self,
         settings: EngineSettings,
+        module: str,
         start_timeout_s: float,
         *,
         on_ready: Callable[[Callable[[], None]], None],
@@ -42,6 +45,7 @@ class EngineLink:
         on_fatal: Callable[[str], None],
     ) -> None:
         self._settings = settings
+        self._module = module
         self._start_timeout_s = start_timeout_s
         self._on_ready, self._on_step, self._on_death, self._on_fatal = on_ready, on_step, on_death, on_fatal
         self._process: subprocess.Popen[bytes] | None = None
@@ -89,7 +93,7 @@ class EngineLink:
 
     def _spawn(self) -> socket.socket:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "worker.engine.process", "--fd", str(theirs.fileno())]
+        command = [sys.executable, "-m", self._module, "--fd", str(theirs.fileno())]
         command += ["--settings", msgspec.json.encode(self._settings).decode()]
         with theirs:
             self._process = subprocess.Popen(

@@ -23,6 +23,8 @@ from worker.text import Tokenizer
 
 logger = logging.getLogger("millrace.worker")
 
+#: What runs in an engine's process.
+ENGINE_MODULE = "worker.engine.process"
 #: Without a setting the intake holds what fills the KV cache this many times, and always this many full batches.
 _INTAKE_KV_CACHES = 2
 _INTAKE_BATCHES = 2
@@ -40,6 +42,7 @@ class Inference:
         *,
         on_room: Callable[[], None],
         on_fatal: Callable[[str], None],
+        engine_module: str = ENGINE_MODULE,
     ) -> None:
         self._settings = settings
         self._ledger, self._cache = ledger, cache
@@ -47,6 +50,7 @@ class Inference:
         self._on_room = on_room
         self._engines = EngineGroup(
             settings.engine,
+            engine_module,
             settings.num_engines,
             settings.engine_start_seconds,
             on_ready=lambda engine, connect: self._generations.resend(connect, engine),

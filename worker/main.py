@@ -13,6 +13,7 @@ from protocol.settings import PARENT_FD_VARIABLE, Settings
 from worker.chunk_service import ChunkService
 from worker.consumer import Consumer
 from worker.engine.model_files import resolve_folder
+from worker.inference import ENGINE_MODULE
 from worker.pool import EnginePool, register_tasks
 
 logger = logging.getLogger("millrace.worker")
@@ -23,7 +24,7 @@ _PREFETCH = 4
 _ORPHAN_GRACE_S = 20.0
 
 
-def run_worker(settings: Settings) -> int:
+def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
     """Blocks until SIGTERM, SIGINT or the parent's death; the exit code says whether work had to be given up.
 
     Raises MillraceError when the worker cannot start: settings, schema, model or engine.
@@ -43,6 +44,7 @@ def run_worker(settings: Settings) -> int:
         resolve_folder(settings.engine.model, settings.engine.revision),
         on_credit=lambda: worker.pool.credit_changed(),
         on_fatal=give_up,
+        engine_module=engine_module,
     )
     outcomes: dict[str, str] = {}
     register_tasks(app, outcomes)
