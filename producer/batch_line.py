@@ -66,6 +66,7 @@ def read_body(body: object, head: LineHead, endpoint: Endpoint) -> Request:
         prompt_token_ids=token_ids,
         messages=read_messages(content) if content_field == "messages" else None,
         custom_id=head.custom_id,
+        carried=head.carried,
         params=read_params(with_logprobs(with_max_tokens(body), endpoint)),
     )
 

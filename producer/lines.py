@@ -16,7 +16,7 @@ import msgspec
 from producer.batch_line import read_body, read_envelope
 from producer.raw_lines import RawLine
 from protocol.errors import InvalidRequest
-from protocol.reading.fields import LineHead, read_custom_id, type_name
+from protocol.reading.fields import LineHead, read_carried, read_custom_id, type_name
 from protocol.reading.plain_line import read_plain
 from protocol.reading.pooled_line import POOLED_KINDS, read_pooled
 from protocol.reading.score_line import read_score
@@ -73,13 +73,16 @@ def _spell_out(value: Any) -> Any:
 def read_line(raw: RawLine, number: int, model_names: Sequence[str]) -> Request | Result:
     """One line as a Request, or as the failed Result that says what is wrong with it."""
     custom_id: str | None = None
+    carried: str | None = None
     endpoint: Endpoint = "plain"
     try:
         if isinstance(raw, InvalidRequest):
             raise raw
         fields = _decode_object(raw)
         custom_id = read_custom_id(fields)
-        head = LineHead(number, custom_id, model_names)
+        body = fields.get("body", fields)
+        carried = read_carried(body) if isinstance(body, dict) else None
+        head = LineHead(number, custom_id, model_names, carried)
         if "continuation" in fields or fields.get("kind") == "score":
             return read_score(fields, head)
         if "body" not in fields and "url" not in fields:
@@ -92,7 +95,8 @@ def read_line(raw: RawLine, number: int, model_names: Sequence[str]) -> Request 
         message = error.message
         if len(message) > _MAX_MESSAGE_LENGTH:
             message = message[:_MAX_MESSAGE_LENGTH] + "..."
-        return Result(line=number, custom_id=custom_id, endpoint=endpoint, failure=Failure(error.code, message))
+        failure = Failure(error.code, message)
+        return Result(line=number, custom_id=custom_id, endpoint=endpoint, carried=carried, failure=failure)
 
 
 def _decode_object(raw: bytes) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Every object has the same keys: `line` and `sample` say which, `custom_id` is th
 the resolved parameters, null when the line was refused before they were known. `logprobs` is there only where they were
 asked for, in OpenAI's shape. `score` is there for lines of kind score and for prompt_logprobs: protocol.scores.Score.
 `embedding` is there for lines of kind embed: numbers, or base64 where that was asked for; `classification` for lines of
-kind classify, whose `text` is the label: protocol.pooling.Classification.
+kind classify, whose `text` is the label: protocol.pooling.Classification. `user`, `metadata` and `store` are there for
+lines that have them.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import stat
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -49,6 +50,9 @@ class ResultLine(msgspec.Struct, frozen=True, kw_only=True):
     score: Score | msgspec.UnsetType = msgspec.UNSET
     embedding: list[float] | str | msgspec.UnsetType = msgspec.UNSET
     classification: Classification | msgspec.UnsetType = msgspec.UNSET
+    user: str | msgspec.UnsetType = msgspec.UNSET
+    metadata: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    store: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 _encode = msgspec.json.Encoder().encode
@@ -73,6 +77,7 @@ def encode_result(result: Result) -> bytes:
         classification=msgspec.UNSET
         if answer is None or answer.classification is None
         else unpack_classification(answer.classification),
+        **({} if result.carried is None else msgspec.json.decode(result.carried)),
     )
     return _encode(line) + b"\n"
 

@@ -47,6 +47,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     inputs: tuple[str | tuple[int, ...], ...] | None = None
     dimensions: int | None = None  # of an embedding: so many of its first, None: all
     encoding_format: EncodingFormat = "float"  # of an embedding
+    carried: str | None = None  # the caller's user, metadata and store as a JSON object, for the Result to show
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -78,6 +79,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: Endpoint = "plain"
     answer: Answer | None = None
     failure: Failure | None = None
+    carried: str | None = None  # the Request's
     is_cached: bool = False  # the answer was known or shared with an equal Request: nothing was computed for it
     params: ResolvedParams | None = None  # None when the Request failed before its parameters were resolved
     seconds: float = 0.0  # from claiming the Chunk to having the answer

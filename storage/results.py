@@ -25,7 +25,7 @@ Row = tuple[Any, ...]
 
 _NAMES = tuple(results.c.keys())
 _READ = [
-    *(results.c.line, results.c.sample, results.c.custom_id, results.c.endpoint),
+    *(results.c.line, results.c.sample, results.c.custom_id, results.c.carried, results.c.endpoint),
     *(results.c.error_code, results.c.error_message, results.c.params, results.c.is_cached, results.c.seconds),
     *(results.c[name] for name in ANSWER_COLUMNS),
 ]
@@ -123,6 +123,7 @@ def to_rows(job_id: str, attempt: int, stored: Iterable[Result]) -> list[Row]:
                 result.line,
                 result.sample,
                 result.custom_id,
+                result.carried,
                 result.endpoint,
                 *(_NO_ANSWER if answer is None else _answer_columns(answer)),
                 *((None, None) if failure is None else (failure.code, failure.message)),
@@ -139,6 +140,7 @@ def _from_row(
     line: int,
     sample: int,
     custom_id: str | None,
+    carried: str | None,
     endpoint: Endpoint,
     error_code: str | None,
     error_message: str | None,
@@ -151,6 +153,7 @@ def _from_row(
         line=line,
         sample=sample,
         custom_id=custom_id,
+        carried=carried,
         endpoint=endpoint,
         answer=to_answer(*answer) if error_code is None else None,
         failure=None if error_code is None else Failure(error_code, error_message or ""),

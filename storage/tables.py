@@ -147,6 +147,7 @@ results = Table(
     Column("line", BigInteger, primary_key=True, autoincrement=False),  # of the input, from 1
     Column("sample", Integer, primary_key=True, autoincrement=False),  # from 0
     Column("custom_id", FreeText),
+    Column("carried", FreeText),  # the caller's user, metadata and store, JSON; NULL when there are none
     Column("endpoint", String(32), nullable=False),  # protocol.requests.Endpoint
     Column("text", FreeText),  # NULL in a failure, as are the next three
     Column("finish_reason", String(16)),

@@ -4,13 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import msgspec
+
 from protocol.errors import InvalidRequest
 from protocol.sampling import MAX_TOKEN_COUNT
 
 #: Characters; OpenAI's own are at most 64, and every Result row carries one.
 MAX_CUSTOM_ID_LENGTH = 512
+#: Said of a Request for its caller's own use: they change nothing and stand beside its Result. With their types.
+CARRIED_FIELDS: dict[str, type] = {"user": str, "metadata": dict, "store": bool}
+#: Characters that they may take together as JSON: OpenAI's limits for metadata come to some 10,000.
+MAX_CARRIED_LENGTH = 65_536
 #: Told to OpenAI about the caller, not about the answer.
-IGNORED_FIELDS = frozenset({"user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier"})
+IGNORED_FIELDS = frozenset({*CARRIED_FIELDS, "safety_identifier", "prompt_cache_key", "service_tier"})
 #: OpenAI's and vLLM's parameters that are not supported, with the values that ask for nothing and so may stay.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -40,6 +46,7 @@ class LineHead:
     number: int
     custom_id: str | None
     model_names: Sequence[str]
+    carried: str | None = None  # as in Request
 
 
 def read_custom_id(fields: Mapping[str, Any]) -> str | None:
@@ -59,6 +66,24 @@ def read_custom_id(fields: Mapping[str, Any]) -> str | None:
         limit = f"at most {MAX_CUSTOM_ID_LENGTH} characters"
         raise InvalidRequest("invalid_parameter", f"custom_id has {len(given)} characters: it may have {limit}")
     return given
+
+
+def read_carried(fields: Mapping[str, Any]) -> str | None:
+    """What CARRIED_FIELDS there are, as a JSON object."""
+    given = {name: fields[name] for name in CARRIED_FIELDS if fields.get(name) is not None}
+    if not given:
+        return None
+    for name, value in given.items():
+        if not isinstance(value, CARRIED_FIELDS[name]):
+            wanted = type_name(CARRIED_FIELDS[name]())
+            raise InvalidRequest("invalid_type", f"{name} must be {wanted}, not {type_name(value)}")
+    text = msgspec.json.encode(given).decode()
+    if len(text) > MAX_CARRIED_LENGTH:
+        limit = f"at most {MAX_CARRIED_LENGTH} together"
+        raise InvalidRequest(
+            "invalid_parameter", f"{', '.join(given)} have {len(text)} characters as JSON: they may have {limit}"
+        )
+    return text
 
 
 def check_model(asked: object, model_names: Sequence[str]) -> None:

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from protocol.errors import InvalidRequest
-from protocol.reading.fields import LineHead, check_model, read_prompt, refuse_field
+from protocol.reading.fields import CARRIED_FIELDS, LineHead, check_model, read_prompt, refuse_field
 from protocol.reading.messages import read_messages
 from protocol.reading.parameters import PARAMETERS, read_params, with_logprobs
 from protocol.requests import Kind, Request
 
-_FIELDS = frozenset({"id", "custom_id", "model", "prompt", "messages", "kind"})
+_FIELDS = frozenset({"id", "custom_id", "model", "prompt", "messages", "kind", *CARRIED_FIELDS})
 
 
 def read_plain(fields: Mapping[str, Any], head: LineHead) -> Request:
@@ -30,9 +30,11 @@ def read_plain(fields: Mapping[str, Any], head: LineHead) -> Request:
     text, token_ids = (None, None) if prompt is None else read_prompt(prompt)
     return Request(
         line=head.number,
+        endpoint="plain" if messages is None else "/v1/chat/completions",
         prompt=text,
         prompt_token_ids=token_ids,
         messages=None if messages is None else read_messages(messages),
         custom_id=head.custom_id,
+        carried=head.carried,
         params=read_params(with_logprobs(fields, "plain")),
     )

@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from protocol.errors import InvalidRequest
-from protocol.reading.fields import IGNORED_FIELDS, UNSUPPORTED, LineHead, check_model, read_prompt, refuse_field
+from protocol.reading.fields import (
+    CARRIED_FIELDS,
+    IGNORED_FIELDS,
+    UNSUPPORTED,
+    LineHead,
+    check_model,
+    read_prompt,
+    refuse_field,
+)
 from protocol.reading.parameters import PARAMETERS
 from protocol.requests import EncodingFormat, Endpoint, Kind, Request
 from protocol.sampling import MAX_TOKEN_COUNT
@@ -14,7 +22,7 @@ MAX_INPUTS = 2048
 KIND_OF_ENDPOINT: dict[Endpoint, Kind] = {"/v1/embeddings": "embed", "/classify": "classify"}
 POOLED_KINDS = tuple(KIND_OF_ENDPOINT.values())
 #: `kind` may be left out for an embedding.
-_PLAIN_FIELDS = frozenset({"id", "custom_id", "kind"})
+_PLAIN_FIELDS = frozenset({"id", "custom_id", "kind", *CARRIED_FIELDS})
 _EMBED_FIELDS = frozenset({"dimensions", "encoding_format"})
 
 
@@ -46,6 +54,7 @@ def read_pooled(fields: Mapping[str, Any], head: LineHead, endpoint: Endpoint = 
         prompt_token_ids=token_ids,
         inputs=inputs,
         custom_id=head.custom_id,
+        carried=head.carried,
         dimensions=_dimensions(fields.get("dimensions")),
         encoding_format=_encoding_format(fields.get("encoding_format")),
     )

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from protocol.errors import InvalidRequest
-from protocol.reading.fields import LineHead, check_model, read_text
+from protocol.reading.fields import CARRIED_FIELDS, LineHead, check_model, read_text
 from protocol.reading.parameters import PARAMETERS, read_params
 from protocol.requests import Request
 
 #: `kind` may be left out beside a continuation.
-_FIELDS = frozenset({"id", "custom_id", "model", "kind", "context", "continuation", "text"})
+_FIELDS = frozenset({"id", "custom_id", "model", "kind", "context", "continuation", "text", *CARRIED_FIELDS})
 #: The one parameter that means something for a score: how many alternatives are told with each token.
 _PARAMETER = "prompt_logprobs"
 
@@ -37,5 +37,6 @@ def read_score(fields: Mapping[str, Any], head: LineHead) -> Request:
         context=None if continuation is None else context or "",
         continuation=continuation,
         custom_id=head.custom_id,
+        carried=head.carried,
         params=read_params({_PARAMETER: fields.get(_PARAMETER)}),
     )

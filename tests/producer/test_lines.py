@@ -47,7 +47,7 @@ def test_plain_prompt_is_read_with_its_parameters() -> None:
 
 def test_plain_messages_are_read() -> None:
     assert read(b'{"custom_id": "x", "messages": [{"role": "user", "content": "Hi"}]}') == [
-        Request(line=1, messages=(Message("user", "Hi"),), custom_id="x")
+        Request(line=1, endpoint="/v1/chat/completions", messages=(Message("user", "Hi"),), custom_id="x")
     ]
 
 
@@ -74,6 +74,7 @@ def test_chat_batch_line_is_read() -> None:
             messages=(Message("system", "Be brief"), Message("user", "Hi")),
             custom_id="a",
             params=SamplingParams(max_tokens=9, seed=3, stop=("a", "b")),
+            carried='{"user":"somebody","metadata":{"k":"v"},"store":false}',
         )
     ]
 
@@ -252,6 +253,9 @@ def test_unsupported_parameter_is_refused_by_name(name: str, value: object) -> N
         (b'{"prompt": "a", "id": "' + b"x" * 513 + b'"}', "invalid_parameter", "it may have at most 512 characters"),
         (b'{"prompt": "a", "model": "gpt-9"}', "unknown_model", "asks for model 'gpt-9', but this Job's is 'tiny'"),
         (b'{"prompt": "a", "model": []}', "invalid_type", "model must be a string, not a list"),
+        (b'{"prompt": "a", "store": 1}', "invalid_type", "store must be a boolean, not a number"),
+        (b'{"prompt": "a", "metadata": "b"}', "invalid_type", "metadata must be an object, not a string"),
+        (b'{"prompt": "a", "user": "' + b"x" * 70_000 + b'"}', "invalid_parameter", "they may have at most 65536"),
         (b'{"messages": {}}', "invalid_type", "messages must be a list, not an object"),
         (b'{"messages": []}', "invalid_parameter", "messages is empty"),
         (b'{"messages": ["Hi"]}', "invalid_type", "messages[0] must be an object, not a string"),
@@ -297,6 +301,20 @@ def test_refused_line_keeps_its_custom_id_and_endpoint() -> None:
     assert isinstance(result, Result)
     assert result.custom_id == "a"
     assert result.endpoint == "/v1/completions"
+
+
+def test_what_the_caller_says_for_himself_is_carried_by_every_kind_of_line() -> None:
+    given = {"metadata": {"k": ["é", 2**70]}, "user": None}
+    content: list[dict[str, Any]] = [{"prompt": "a"}, {"continuation": "a"}, {"input": "a"}]
+    lines = [json.dumps({**fields, **given}).encode() for fields in content]
+    lines += [batch_line("/v1/embeddings", input="a", **given), batch_line("/v1/completions", prompt=5, **given)]
+
+    items = read(*lines)
+
+    assert [type(item) for item in items] == [Request] * 4 + [Result]
+    assert {item.carried for item in items} == {
+        json.dumps({"metadata": given["metadata"]}, ensure_ascii=False, separators=(",", ":"))
+    }
 
 
 def test_malformed_line_does_not_stop_the_ones_after_it() -> None:

@@ -98,6 +98,14 @@ def test_no_alternatives_are_an_empty_list() -> None:
     assert unpack_logprobs(pack_logprobs([], [], lambda _: b"x")).content == []
 
 
+def test_what_the_line_carries_stands_at_the_end() -> None:
+    carried = msgspec.structs.replace(FAILURE, carried='{"user":"u","metadata":{"k":"v"},"store":false}')
+
+    written = json.loads(encode_result(carried))
+
+    assert dict(list(written.items())[-3:]) == {"user": "u", "metadata": {"k": "v"}, "store": False}
+
+
 def test_failure_has_the_same_keys() -> None:
     written = json.loads(encode_result(FAILURE))
 

@@ -45,7 +45,14 @@ def test_results_are_read_back_exactly_as_they_were_committed(ledger: Ledger) ->
     params = msgspec.structs.replace(params, logit_bias={5: -1.5}, logprobs=2)
     with_logprobs = msgspec.structs.replace(_ANSWER, logprobs=b"\x00packed\xff")
     written = [
-        Result(line=1, sample=2, custom_id="id \x00 \ud800", endpoint="/v1/chat/completions", answer=_ANSWER),
+        Result(
+            line=1,
+            sample=2,
+            custom_id="id \x00 \ud800",
+            carried='{"user":"u"}',
+            endpoint="/v1/chat/completions",
+            answer=_ANSWER,
+        ),
         Result(line=2, answer=Answer(text="", finish_reason="length", prompt_tokens=1, completion_tokens=0)),
         Result(line=3, failure=Failure("too_long", "4097 tokens\x00 are more than 4096"), params=params, seconds=1.5),
         Result(line=3, sample=1, answer=with_logprobs, is_cached=True, params=params),

@@ -99,6 +99,7 @@ def _create_results() -> None:
         sa.Column("line", sa.BigInteger, nullable=False, autoincrement=False),
         sa.Column("sample", sa.Integer, nullable=False, autoincrement=False),
         sa.Column("custom_id", sa.Text),
+        sa.Column("carried", sa.Text),
         sa.Column("endpoint", sa.String(32), nullable=False),
         sa.Column("text", sa.Text),
         sa.Column("finish_reason", sa.String(16)),
