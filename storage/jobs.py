@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import msgspec
-from sqlalchemy import Connection, Row, Select, case, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, case, delete, exists, func, insert, select, update
 
 from protocol.errors import JobNotFound, SubmissionConflict
 from protocol.requests import Request, Result, pack_requests
@@ -17,9 +17,9 @@ from storage.insertion import insert_new
 from storage.leases import lock_chunks
 from storage.ledger import Ledger
 from storage.results import COUNTERS, count, insert_results, to_rows
-from storage.tables import chunk_requests, chunks, is_leased, is_unfinished, is_waiting, jobs, results
+from storage.tables import chunk_requests, chunks, is_leased, is_there, is_unfinished, is_waiting, jobs, results
 
-JobState = Literal["submitting", "running", "finished", "cancelled"]
+JobState = Literal["submitting", "running", "finished", "cancelled", "deleting"]
 
 #: Shorter prefixes of an id would soon stop being unique.
 _MIN_PREFIX = 4
@@ -77,19 +77,19 @@ def open_job(ledger: Ledger, *, tenant: str, identity: str, model: str, params: 
 
     def work(connection: Connection) -> Job:
         insert_new(connection, jobs, _NEW_JOB, [row], stamped=("created_at",))
-        same = (jobs.c.tenant == tenant) & (jobs.c.identity == identity)
+        same = is_there & (jobs.c.tenant == tenant) & (jobs.c.identity == identity)
         return _job(connection.execute(select(jobs).where(same)).one())
 
     job = ledger.write(work)
     return job, job.id == job_id
 
 
-def find_job(ledger: Ledger, name: str, tenant: str) -> Job:
+def find_job(ledger: Ledger, name: str, tenant: str, *, among: ColumnElement[bool] = is_there) -> Job:
     """The tenant's Job with this id, with the one id that begins so (4 characters or more), or with this identity.
 
     Raises JobNotFound and DatabaseUnavailable.
     """
-    own = select(jobs).where(jobs.c.tenant == tenant)
+    own = select(jobs).where(among, jobs.c.tenant == tenant)
 
     def work(connection: Connection) -> Job:
         matches = connection.execute(own.where(jobs.c.identity == name)).all()
@@ -110,7 +110,9 @@ def find_job(ledger: Ledger, name: str, tenant: str) -> Job:
 
 def list_jobs(ledger: Ledger, tenant: str, limit: int) -> list[Job]:
     """The tenant's newest Jobs, newest first. Raises DatabaseUnavailable."""
-    newest = select(jobs).where(jobs.c.tenant == tenant).order_by(jobs.c.created_at.desc(), jobs.c.id).limit(limit)
+    newest = (
+        select(jobs).where(is_there, jobs.c.tenant == tenant).order_by(jobs.c.created_at.desc(), jobs.c.id).limit(limit)
+    )
     return ledger.read(lambda connection: [_job(row) for row in connection.execute(newest)])
 
 
@@ -155,7 +157,7 @@ def append_chunk(
     def work(connection: Connection) -> int | None:
         nonlocal is_retry
         # The Job's row is locked: producers take turns, and a Job that is being cancelled gets no Chunk afterwards.
-        locked = select(jobs).where(jobs.c.id == job_id).with_for_update(key_share=True)
+        locked = select(jobs).where(is_there, jobs.c.id == job_id).with_for_update(key_share=True)
         job = connection.execute(locked).one_or_none()
         if job is None:
             raise JobNotFound(f"there is no Job {job_id!r}")
@@ -291,7 +293,7 @@ def _reopen(ledger: Ledger, job_id: str, page: Sequence[Row[Any]], codes: Collec
 
     def work(connection: Connection) -> int:
         nonlocal most
-        if connection.execute(locked).scalar_one() == "cancelled":
+        if connection.execute(locked).scalar() not in ("submitting", "running", "finished"):
             return 0
         total = 0
         for chunk_id, held in lock_chunks(connection, spans).items():
@@ -320,7 +322,7 @@ def _scalars(statement: Select[int], connection: Connection) -> list[int]:
 
 
 def _job_by_id(connection: Connection, job_id: str) -> Job:
-    row = connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+    row = connection.execute(select(jobs).where(is_there, jobs.c.id == job_id)).one_or_none()
     if row is None:
         raise JobNotFound(f"there is no Job {job_id!r}")
     return _job(row)

@@ -6,7 +6,7 @@ import msgspec
 from sqlalchemy import Connection, select
 
 from storage.ledger import Ledger
-from storage.tables import chunks, is_unfinished, jobs
+from storage.tables import chunks, is_there, is_unfinished, jobs
 
 
 class LandedChunk(msgspec.Struct, frozen=True):
@@ -41,7 +41,7 @@ def job_progress(ledger: Ledger, job_id: str) -> tuple[str, bool] | None:
     Cheap at any size, unlike `job_status`. Raises DatabaseUnavailable.
     """
     is_open = select(chunks.c.id).where(chunks.c.job_id == job_id, is_unfinished).exists()
-    statement = select(jobs.c.state, is_open).where(jobs.c.id == job_id)
+    statement = select(jobs.c.state, is_open).where(is_there, jobs.c.id == job_id)
 
     def work(connection: Connection) -> tuple[str, bool] | None:
         row = connection.execute(statement).one_or_none()

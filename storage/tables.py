@@ -84,13 +84,25 @@ jobs = Table(
     Column("identity", FreeText, nullable=False),  # what makes a second submit of the same input the same Job
     Column("model", FreeText, nullable=False),  # the served name, as in the queue's name
     Column("params", Text, nullable=False),  # the Job's default SamplingParams, JSON
-    Column("state", String(16), nullable=False),  # submitting | running | finished | cancelled
+    Column("state", String(16), nullable=False),  # submitting | running | finished | cancelled | deleting
     Column("num_lines", BigInteger),  # lines of the input, NULL until the Job is sealed
     Column("created_at", Double, nullable=False),
     Column("ended_at", Double),  # when it became finished or cancelled
-    UniqueConstraint("tenant", "identity"),
-    CheckConstraint("state IN ('submitting', 'running', 'finished', 'cancelled')", name="state"),
+    CheckConstraint("state IN ('submitting', 'running', 'finished', 'cancelled', 'deleting')", name="state"),
     Index("ix_jobs_tenant_created_at", "tenant", "created_at"),
+)
+
+# A partial index is used only where the query repeats its condition word for word, hence literals.
+#: Whether the Job is there at all: what is being deleted is none any more, and its identity may be another's.
+is_there = jobs.c.state != literal_column("'deleting'")
+
+Index(
+    "uq_jobs_tenant_identity",
+    jobs.c.tenant,
+    jobs.c.identity,
+    unique=True,
+    sqlite_where=is_there,
+    postgresql_where=is_there,
 )
 
 chunks = Table(
@@ -121,7 +133,6 @@ chunks = Table(
     sqlite_autoincrement=True,
 )
 
-# A partial index is used only where the query repeats its condition word for word, hence literals.
 is_waiting = chunks.c.state == literal_column("'waiting'")
 is_leased = chunks.c.state == literal_column("'leased'")
 is_unfinished = chunks.c.state.in_([literal_column("'waiting'"), literal_column("'leased'")])

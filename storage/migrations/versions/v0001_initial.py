@@ -42,10 +42,20 @@ def _create_jobs() -> None:
         sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("ended_at", sa.Double),
         sa.PrimaryKeyConstraint("id", name="pk_jobs"),
-        sa.UniqueConstraint("tenant", "identity", name="uq_jobs_tenant_identity"),
-        sa.CheckConstraint("state IN ('submitting', 'running', 'finished', 'cancelled')", name=op.f("ck_jobs_state")),
+        sa.CheckConstraint(
+            "state IN ('submitting', 'running', 'finished', 'cancelled', 'deleting')", name=op.f("ck_jobs_state")
+        ),
     )
     op.create_index("ix_jobs_tenant_created_at", "jobs", ["tenant", "created_at"])
+    is_there = sa.text("state != 'deleting'")
+    op.create_index(
+        "uq_jobs_tenant_identity",
+        "jobs",
+        ["tenant", "identity"],
+        unique=True,
+        sqlite_where=is_there,
+        postgresql_where=is_there,
+    )
 
 
 def _create_chunks() -> None:
