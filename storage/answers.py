@@ -12,14 +12,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from redis import Redis
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, update
 
 from protocol.frames import FinishReason
 from protocol.requests import Answer
+from storage.clock import now, now_once
 from storage.insertion import insert_new
 from storage.ledger import Ledger
 from storage.optional_redis import OptionalRedis, connect
@@ -30,14 +31,14 @@ log = logging.getLogger("millrace.storage.answers")
 #: Keys per statement or command, below the 32766 parameters SQLite takes and short enough not to hold Redis up.
 _MAX_KEYS = 500
 
+#: Seconds within which another use of an answer in SQL is not written down: it would cost a write for every read.
+USED_S = 86_400.0
+
 _KEYS = ("millrace:answers", "millrace:answers:age", "millrace:answers:bytes")
 
-# Runs as one step in Redis, so the counter is exact. What is too old goes first, so that it can be put anew; then the
-# oldest go until the rest fits. An eviction by Redis itself may take one key of the three: then it starts afresh.
-_PUT = """
-local ttl_ms, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
-local time = redis.call('TIME')
-local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+# Scripts run as one step in Redis, so the counter is exact. An eviction by Redis itself may take one key of the three:
+# then everything starts afresh.
+_BEGIN = """
 local num_bytes = tonumber(redis.call('GET', KEYS[3]))
 local num_answers = redis.call('HLEN', KEYS[1])
 if num_answers ~= redis.call('ZCARD', KEYS[2]) or (num_answers > 0) ~= (num_bytes ~= nil) then
@@ -47,11 +48,20 @@ end
 num_bytes = num_bytes or 0
 
 local function drop(key)
-    num_bytes = num_bytes - #key - redis.call('HSTRLEN', KEYS[1], key)
-    redis.call('HDEL', KEYS[1], key)
-    redis.call('ZREM', KEYS[2], key)
+    if redis.call('ZREM', KEYS[2], key) == 1 then
+        num_bytes = num_bytes - #key - redis.call('HSTRLEN', KEYS[1], key)
+        redis.call('HDEL', KEYS[1], key)
+    end
 end
+"""
 
+# What is too old goes first, so that it can be put anew; then the oldest go until the rest fits.
+_PUT = (
+    _BEGIN
+    + """
+local ttl_ms, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2])
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 for _, key in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now_ms - ttl_ms)) do
     drop(key)
 end
@@ -75,6 +85,21 @@ else
     redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
 end
 """
+)
+
+_FORGET = (
+    _BEGIN
+    + """
+for _, key in ipairs(ARGV) do
+    drop(key)
+end
+if num_bytes > 0 then
+    redis.call('SET', KEYS[3], string.format('%d', num_bytes), 'KEEPTTL')
+else
+    redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+end
+"""
+)
 
 #: Of an Answer, in the order of both tables that hold them.
 ANSWER_COLUMNS = Answer.__struct_fields__
@@ -85,18 +110,29 @@ _decode = msgspec.msgpack.Decoder(Answer).decode
 
 
 def find_answers(ledger: Ledger, keys: Iterable[bytes]) -> dict[bytes, Answer]:
-    """Those of the answers that are known. Raises DatabaseUnavailable."""
+    """Those of the answers that are known, which counts as their use. Raises DatabaseUnavailable."""
     wanted = list(dict.fromkeys(keys))
-    columns_of_answer = select(answers.c.key, *(answers.c[name] for name in ANSWER_COLUMNS))
+    is_stale = answers.c.used_at < now_once() - USED_S
+    columns_of_answer = select(answers.c.key, is_stale, *(answers.c[name] for name in ANSWER_COLUMNS))
 
-    def work(connection: Connection) -> dict[bytes, Answer]:
-        found = {}
+    def work(connection: Connection) -> tuple[dict[bytes, Answer], list[bytes]]:
+        found, stale = {}, []
         for batch in _batches(wanted):
-            for key, *columns in connection.execute(columns_of_answer.where(answers.c.key.in_(batch))):
+            for key, is_stale, *columns in connection.execute(columns_of_answer.where(answers.c.key.in_(batch))):
                 found[key] = to_answer(*columns)
-        return found
+                if is_stale:
+                    stale.append(key)
+        return found, stale
 
-    return ledger.read(work) if wanted else {}
+    found, stale = ledger.read(work) if wanted else ({}, [])
+    if stale:
+        ledger.write(partial(_mark_used, keys=sorted(stale)))
+    return found
+
+
+def _mark_used(connection: Connection, keys: list[bytes]) -> None:
+    for batch in _batches(keys):
+        connection.execute(update(answers).where(answers.c.key.in_(batch)).values(used_at=now()))
 
 
 def to_answer(
@@ -126,7 +162,7 @@ def insert_answers(connection: Connection, new: Mapping[bytes, Answer]) -> None:
     """Keep these answers; one that is known already stays as it is."""
     # In one order for everybody, so that two transactions with the same new answers do not deadlock.
     rows = [(key, *_columns(new[key])) for key in sorted(new)]
-    insert_new(connection, answers, ("key", *ANSWER_COLUMNS), rows, stamped=("created_at",))
+    insert_new(connection, answers, ("key", *ANSWER_COLUMNS), rows, stamped=("used_at",))
 
 
 class AnswerCache:
@@ -147,6 +183,7 @@ class AnswerCache:
         self._ttl_ms = max(1, int(ttl_s * 1000))
         self._max_bytes = max_bytes
         self._put = redis.register_script(_PUT)
+        self._forget = redis.register_script(_FORGET)
 
     @classmethod
     def connect(cls, broker_url: str, ttl_s: float, max_bytes: int) -> "AnswerCache":
@@ -157,9 +194,13 @@ class AnswerCache:
         """Those of the answers that are in Redis."""
         found = {}
         for batch in _batches(list(dict.fromkeys(keys))):
-            values: list[Any] = self._link.call(partial(self._redis.hmget, _KEYS[0], batch), [])
-            for key, value in zip(batch, values, strict=False):
-                answer = None if value is None else _readable(value)
+            nothing: tuple[list[Any], list[Any], float] = ([], [], 0.0)
+            values, ages, now_ms = self._link.call(partial(self._read, batch), nothing)
+            for key, value, put_ms in zip(batch, values, ages, strict=False):
+                # What is too old is dropped only with the next put.
+                if value is None or put_ms is None or put_ms < now_ms - self._ttl_ms:
+                    continue
+                answer = _readable(value)
                 if answer is not None:
                     found[key] = answer
         return found
@@ -169,6 +210,24 @@ class AnswerCache:
         for batch in _batches(list(new)):
             pairs = [part for key in batch for part in (key, _encode(new[key]))]
             self._link.call(partial(self._put, _KEYS, [self._ttl_ms, self._max_bytes, *pairs]), None)
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Drop these answers. Where Redis is away they go when their time is over, as all do."""
+        for batch in _batches(list(keys)):
+            self._link.call(partial(self._forget, _KEYS, batch), None)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._redis.close()
+
+    def _read(self, keys: list[bytes]) -> tuple[list[Any], list[Any], float]:
+        """The values, when each was put, and the time now, both in milliseconds of the server's clock."""
+        with self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.hmget(_KEYS[0], keys)
+            pipeline.zmscore(_KEYS[1], cast(list[str], keys))
+            pipeline.time()
+            values, ages, (seconds, microseconds) = pipeline.execute()
+        return values, ages, seconds * 1000 + microseconds / 1000
 
 
 def _readable(value: bytes) -> Answer | None:

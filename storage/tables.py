@@ -188,5 +188,5 @@ answers = Table(
     Column("score", LargeBinary),  # as in results
     Column("embedding", LargeBinary),  # as in results
     Column("classification", LargeBinary),  # as in results
-    Column("created_at", Double, nullable=False),
+    Column("used_at", Double, nullable=False),  # when it was last found here or made, to within storage.answers.USED_S
 )

@@ -24,7 +24,7 @@ def upgrade() -> None:
         sa.Column("score", sa.LargeBinary),
         sa.Column("embedding", sa.LargeBinary),
         sa.Column("classification", sa.LargeBinary),
-        sa.Column("created_at", sa.Double, nullable=False),
+        sa.Column("used_at", sa.Double, nullable=False),
         sa.PrimaryKeyConstraint("key", name="pk_answers"),
     )
 
