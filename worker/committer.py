@@ -6,9 +6,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
+
+import msgspec
 
 from protocol.errors import DatabaseUnavailable
 from protocol.requests import Answer, Result
@@ -23,14 +24,13 @@ logger = logging.getLogger("millrace.worker")
 T = TypeVar("T")
 
 #: Rows per transaction at most, and how long the first of them may wait for company: a commit costs a disk flush.
-_MAX_ROWS = 512
+_MAX_ROWS = 2048
 _MAX_DELAY_S = 0.05
 #: Pauses between tries while the database is away.
 _RETRY_DELAYS_S = (0.1, 0.3, 1.0, 2.0, 5.0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(msgspec.Struct, frozen=True):
     chunk: OpenChunk
     result: Result | None  # None: the Chunk owes nothing and only has to be marked finished
     key: bytes | None = None  # set with the answer that is new to the database

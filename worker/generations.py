@@ -7,17 +7,18 @@ key that is running, or that is finished but not yet committed, joins it.
 
 import logging
 import math
-import secrets
+import random
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from protocol.frames import Intake, LogitTerms, NewSequence, StepFrame
 from protocol.logprobs import pack_logprobs
+from protocol.packing import pack_ints
 from protocol.requests import Answer, Failure, Request
 from protocol.sampling import ResolvedParams
 from worker.owner import Owner
@@ -29,10 +30,10 @@ from worker.text import StopWatch, Tokenizer
 logger = logging.getLogger("millrace.worker")
 
 _NO_TERMS = LogitTerms()
+_seeds = random.Random()
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """One sample that its owner waits for, until `deadline` (monotonic seconds) at most.
 
     `key` names its answer; None for a draw that cannot be repeated.
@@ -46,8 +47,7 @@ class Piece:
     deadline: float | None = None
 
 
-@dataclass(slots=True)
-class Generation:
+class Generation(msgspec.Struct, eq=False):
     """One Sequence in the engine with everything known about it here."""
 
     seq_id: int
@@ -59,8 +59,8 @@ class Generation:
     seed: int
     key: bytes | None
     waiters: list[Piece]  # all with this key
-    output_ids: list[int] = field(default_factory=list)
-    logprobs: list[bytes] = field(default_factory=list)  # as in StepFrame, one per output token when asked for
+    output_ids: list[int] = []
+    logprobs: list[bytes] = []  # as in StepFrame, one per output token when asked for
     watch: StopWatch | None = None
     score: ScoreParts | None = None  # of the prompt, when asked for
     pooled: bytes | None = None  # as in StepFrame, from an engine that embeds or classifies
@@ -94,7 +94,7 @@ class Generation:
         )
         return NewSequence(
             seq_id=self.seq_id,
-            token_ids=b"" if sample_of is not None else np.asarray(self.prompt_ids, dtype="<i4").tobytes(),
+            token_ids=b"" if sample_of is not None else pack_ints(self.prompt_ids),
             max_tokens=self.max_tokens,
             stop_token_ids=self.stop_token_ids,
             temperature=params.temperature,
@@ -111,6 +111,10 @@ class Generation:
             deadline=time.time() - time.monotonic() + min(deadlines) if deadlines else None,
             priority=min(piece.owner.priority for piece in self.waiters),
         )
+
+
+#: A generation that is finished, with what it came to.
+Done = tuple[Generation, Answer | Failure]
 
 
 def intake_of(generations: Iterable[Generation]) -> Intake:
@@ -131,7 +135,7 @@ class Generations:
         tokenizer: Tokenizer,
         stop_token_ids: tuple[int, ...],
         send: Callable[[int, Intake], None],
-        on_done: Callable[[Generation, Answer | Failure], None],
+        on_done: Callable[[list[Done]], None],
     ) -> None:
         self._tokenizer = tokenizer
         self._stop_token_ids = stop_token_ids
@@ -207,6 +211,8 @@ class Generations:
 
     def _least_loaded(self) -> int:
         """The engine with the fewest outstanding tokens; one that is down only when all are."""
+        if self.num_engines == 1:
+            return 0
         return min(range(self.num_engines), key=lambda engine: (engine in self._down, self._loads[engine]))
 
     def _make(self, piece: Piece, prompt: list[int] | ScoredPrompt, context_tokens: int) -> Generation:
@@ -220,7 +226,7 @@ class Generations:
             max_tokens=min(params.max_tokens, context_tokens - len(prompt_ids)),
             stop_token_ids=params.stop_token_ids + (() if params.ignore_eos else self._stop_token_ids),
             sample=piece.sample,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            seed=_seeds.getrandbits(63) if params.seed is None else params.seed,
             key=piece.key,
             waiters=[],
             score=None if params.prompt_logprobs is None else ScoreParts(start),
@@ -230,7 +236,7 @@ class Generations:
 
     def on_step(self, frame: StepFrame) -> None:
         """Apply one step's tokens; finished generations leave the registry."""
-        done: list[tuple[Generation, Answer | Failure]] = []
+        done: list[Done] = []
         cut: list[tuple[Generation, int]] = []
         logprobs = dict(frame.logprobs)
         with self._lock:
@@ -278,8 +284,8 @@ class Generations:
                 if generation.key is not None and isinstance(outcome, Answer) and generation.is_kept(outcome):
                     self._uncommitted[generation.key] = outcome
         self._end_in_engines(cut)
-        for generation, outcome in done:
-            self._on_done(generation, outcome)
+        if done:
+            self._on_done(done)
 
     def committed(self, keys: Iterable[bytes]) -> None:
         """These answers can be found in the database from now on."""
@@ -315,7 +321,7 @@ class Generations:
             message = (
                 f"the engine died {MAX_DEATHS} times or more with this Request in it, the last time with nothing else"
             )
-            self._on_done(guilty, Failure("engine_died", message))
+            self._on_done([(guilty, Failure("engine_died", message))])
 
     def abandon(self, *owners: Owner) -> None:
         """They wait no longer: nothing is started for them, and what nobody else waits for is cancelled."""

@@ -9,14 +9,14 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from protocol.frames import EngineReady
-from protocol.requests import Answer, Failure, Request
+from protocol.requests import Failure, Request
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings
 from storage.answers import AnswerCache
 from storage.ledger import Ledger
 from worker.defaults import read_model_defaults
 from worker.engine_group import EngineGroup
-from worker.generations import Generation, Generations
+from worker.generations import Done, Generations
 from worker.owner import Owner
 from worker.preparation import UNSET_PARAMS, Preparation, answered, failed, too_late
 from worker.text import Tokenizer
@@ -147,14 +147,15 @@ class Inference:
             "preemptions": self._generations.num_preemptions,
         }
 
-    def _settle(self, generation: Generation, outcome: Answer | Failure) -> None:
-        """One generation is finished: a Result for everyone who waits for it."""
-        for i, piece in enumerate(generation.waiters):
-            if isinstance(outcome, Failure):
-                piece.owner.settle(failed(piece.request, outcome, piece.params, piece.sample, piece.owner))
-            else:
-                # The first to ask is the one it was computed for; only its Result brings the new answer along.
-                is_new = i == 0 and generation.is_kept(outcome)
-                result = answered(piece, outcome, is_cached=i > 0)
-                piece.owner.settle(result, generation.key if is_new else None)
+    def _settle(self, done: list[Done]) -> None:
+        """What a step has finished: a Result for everyone who waits for it."""
+        for generation, outcome in done:
+            for i, piece in enumerate(generation.waiters):
+                if isinstance(outcome, Failure):
+                    piece.owner.settle(failed(piece.request, outcome, piece.params, piece.sample, piece.owner))
+                else:
+                    # The first to ask is the one it was computed for; only its Result brings the new answer along.
+                    is_new = i == 0 and generation.is_kept(outcome)
+                    result = answered(piece, outcome, is_cached=i > 0)
+                    piece.owner.settle(result, generation.key if is_new else None)
         self._on_room()

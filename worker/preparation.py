@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
 
+import msgspec
+
 from protocol.errors import InvalidRequest
 from protocol.frames import EngineReady
 from protocol.requests import Answer, Failure, Kind, Request, Result, answer_key
@@ -20,6 +22,8 @@ from worker.text import Tokenizer
 logger = logging.getLogger("millrace.worker")
 
 UNSET_PARAMS = SamplingParams()
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class Preparation:
@@ -69,10 +73,11 @@ class Preparation:
     ) -> tuple[list[Piece], list[tuple[Request, Failure]]]:
         pieces: list[Piece] = []
         failures: list[tuple[Request, Failure]] = []
+        resolved: dict[tuple[bool, bytes], ResolvedParams] = {}  # most Requests ask for the same
         for request in requests:
             try:
                 check_kind(request, self._engine)
-                params = self._defaults.resolve(request, job_params, self._context_tokens)
+                params = self._resolve(request, job_params, resolved)
                 check_token_ids(request, params, self._engine.vocab_size)
             except InvalidRequest as error:
                 if (request.line, 0) not in done:
@@ -85,6 +90,17 @@ class Preparation:
                     key = self._key(owner, each, params, sample)
                     pieces.append(Piece(owner, each, params, sample, key, deadline))
         return pieces, failures
+
+    def _resolve(
+        self, request: Request, job_params: SamplingParams, resolved: dict[tuple[bool, bytes], ResolvedParams]
+    ) -> ResolvedParams:
+        """Raises InvalidRequest. `resolved` holds what was found for others of the same Job."""
+        if request.kind != "generate":
+            return self._defaults.resolve(request, job_params, self._context_tokens)
+        key = (request.messages is not None, _encode(request.params))
+        if (params := resolved.get(key)) is None:
+            params = resolved[key] = self._defaults.resolve(request, job_params, self._context_tokens)
+        return params
 
     def _key(self, owner: Owner, request: Request, params: ResolvedParams, sample: int) -> bytes | None:
         if not params.is_cacheable:

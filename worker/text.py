@@ -30,6 +30,7 @@ class Tokenizer:
                 f"{folder} has no tokenizer that can be loaded: it needs tokenizer.json, or tokenizer.model, or "
                 "vocab.json with merges.txt, as the model was published with"
             )
+        self._backend = _plain_backend(self._tokenizer)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
         bos_token_id: int | None = self._tokenizer.bos_token_id
         #: Stands before a text that is scored from its first token on.
@@ -52,7 +53,7 @@ class Tokenizer:
                 if isinstance(text, str) and (request.messages is not None) == is_chat
             ]
             if chosen:
-                batch = self._tokenizer([text for _, text in chosen], add_special_tokens=not is_chat)["input_ids"]
+                batch = self._encode_texts([text for _, text in chosen], add_special_tokens=not is_chat)
                 for (i, _), ids in zip(chosen, batch, strict=True):
                     encoded[i] = ids or Failure("empty_prompt", "the prompt has no tokens: send at least one character")
         return encoded
@@ -60,6 +61,13 @@ class Tokenizer:
     def encode_text(self, text: str) -> list[int]:
         """With the special tokens that the model's tokenizer adds to any text."""
         ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids
+
+    def _encode_texts(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            return [encoding.ids for encoding in encodings]
+        ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
 
     def _render(self, request: Request) -> str | list[int] | Failure:
@@ -84,16 +92,33 @@ class Tokenizer:
     def decode(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> str:
         """The text that `output_ids` add after `prompt_ids`."""
         context = stable_context(self._token_bytes, prompt_ids)
+        if not context:
+            return self.decode_alone(output_ids)
         before = self.decode_alone(context)
         both = self.decode_alone([*context, *output_ids])
         return both[len(before) :] if both.startswith(before) else self.decode_alone(output_ids)
 
     def decode_alone(self, ids: Sequence[int]) -> str:
+        if self._backend is not None:
+            return str(self._backend.decode(ids, skip_special_tokens=True))
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         return Detokenizer(self._token_bytes, self.decode_alone, prompt_ids)
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """The tokenizers library's object behind one of transformers', for what that would add nothing but time to: it
+    also makes masks, and with them offsets. None where the class has a way of its own."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    methods = ("__call__", "_encode_plus", "decode", "_decode")
+    is_plain = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(kind, name) is getattr(PreTrainedTokenizerFast, name) for name in methods
+    )
+    return tokenizer.backend_tokenizer if is_plain else None
 
 
 class StopWatch:

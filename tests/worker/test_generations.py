@@ -1,6 +1,5 @@
 """The registry of running generations, driven with frames as the engine sends them."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +26,7 @@ class Harness:
         self.sent: list[Intake] = []
         self.sent_to: list[int] = []
         self.done: list[tuple[Generation, Answer | Failure]] = []
-        self.generations = Generations(
-            self.tokenizer, (self.eos,), self._send, lambda g, outcome: self.done.append((g, outcome))
-        )
+        self.generations = Generations(self.tokenizer, (self.eos,), self._send, self.done.extend)
         self.owner = RecordingOwner()
 
     def _send(self, engine: int, intake: Intake) -> None:
@@ -170,7 +167,7 @@ def test_nothing_is_started_for_an_owner_that_gave_up_while_it_was_prepared(harn
 
 def test_a_passed_deadline_ends_who_waits_until_then_and_frees_what_nobody_else_waits_for(harness: Harness) -> None:
     def piece(key: bytes, deadline: float | None) -> Piece:
-        return dataclasses.replace(harness.piece(key), deadline=deadline)
+        return msgspec.structs.replace(harness.piece(key), deadline=deadline)
 
     early, late, patient, alone = piece(b"s", 10.0), piece(b"s", 20.0), piece(b"s", None), piece(b"a", 10.0)
     harness.generations.add([(early, [5]), (alone, [6]), (late, [5]), (patient, [5])], 100)

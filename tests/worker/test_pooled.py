@@ -68,9 +68,7 @@ def test_fewer_dimensions_are_the_first_ones_at_the_same_length() -> None:
 def test_a_frames_values_become_the_answer(tokenizer_folder: Path) -> None:
     sent: list[Intake] = []
     done: list[tuple[Generation, Answer | Failure]] = []
-    generations = Generations(
-        Tokenizer(tokenizer_folder), (0,), lambda _, intake: sent.append(intake), lambda *both: done.append(both)
-    )
+    generations = Generations(Tokenizer(tokenizer_folder), (0,), lambda _, intake: sent.append(intake), done.extend)
     request = Request(line=1, kind="classify", prompt="a")
     piece = Piece(RecordingOwner(), request, resolve(request), 0, b"key")
 
