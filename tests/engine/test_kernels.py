@@ -1,0 +1,86 @@
+"""The Triton kernels: held to their twins by an interpreter, and compiled for a GPU that need not be here."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+if importlib.util.find_spec("triton") is None:
+    if os.environ.get("CI") == "true":
+        raise ImportError("triton is not installed, and CI must have it")
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+
+def test_kernels_equal_their_twins() -> None:
+    """In a process of their own: whether kernels are interpreted is decided when triton is imported."""
+    files = sorted(map(str, (HERE / "interpreted").glob("*.py")))
+    assert len(files) >= 3
+
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--override-ini=addopts=--import-mode=importlib", *files],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parents[1],
+        capture_output=True,
+        text=True,
+    )
+
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(16, 8, 128), (32, 8, 128), (28, 4, 128), (8, 4, 256)])
+def test_decode_compiles_for_hopper(heads: int, kv_heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.engine.ahead_of_time import SHARED_BYTES, SHARED_BYTES_OF_ALL, compiled
+    from worker.engine.kernels import paged_decode
+    from worker.engine.kernels.decode_variant import choose_variant
+    from worker.engine.kernels.paged_decode import decode, plan_decode
+    from worker.engine.kernels.prefix_groups import PrefixGroups
+
+    monkeypatch.setattr(paged_decode, "_num_multiprocessors", lambda device: 132)
+    block_size, num_rows = 256, 48
+    query = torch.zeros(num_rows, heads, head_dim, dtype=torch.bfloat16)
+    k_cache, v_cache = torch.zeros(2, 2, block_size, kv_heads, head_dim, dtype=torch.bfloat16)
+    tables, lens = torch.zeros(num_rows, 160, dtype=torch.int32), torch.ones(num_rows, dtype=torch.int32)
+    members = torch.zeros(32, max(64 * kv_heads // heads, 1), dtype=torch.int32)
+    groups = PrefixGroups(members, lens[:32], lens)
+
+    one, many = choose_variant(heads // kv_heads, head_dim), choose_variant(64, head_dim)
+    with compiled() as found:
+        plan = plan_decode(tables, lens, block_size, one)
+        decode(query, k_cache, v_cache, plan, scale=0.1)
+        prefix_plan = plan_decode(tables, groups.lens, block_size, many, table_rows=members)
+        prefix = decode(query, k_cache, v_cache, prefix_plan, scale=0.1, groups=groups)
+        own = plan_decode(tables, lens, block_size, one, starts=groups.starts)
+        decode(query, k_cache, v_cache, own, scale=0.1, prefix=prefix)
+
+    assert {x.kernel for x in found} == {"_list_tiles", "_attend_tiles", "_merge_parts"}
+    assert [x.kernel for x in found if x.spilled_bytes] == []
+    for kernel, variant in zip([x for x in found if x.kernel == "_attend_tiles"], [one, many, one], strict=True):
+        assert kernel.shared_bytes <= SHARED_BYTES
+        assert kernel.shared_bytes * variant.programs_per_sm <= SHARED_BYTES_OF_ALL
+        assert kernel.num_registers * 32 * variant.num_warps * variant.programs_per_sm <= 65_536
+        assert "cp.async.cg.shared.global" in kernel.ptx  # 16 bytes each
+
+
+def test_the_other_kernels_compile_for_hopper() -> None:
+    from tests.engine.ahead_of_time import compiled
+    from worker.engine.kernels.kv_write import write_kv
+    from worker.engine.kernels.token_scores import score_tokens
+
+    cache: Any = torch.zeros(2, 256, 8, 128, dtype=torch.bfloat16)
+    fused = torch.zeros(4096, 32, 128, dtype=torch.bfloat16)
+    with compiled() as found:
+        for num in (100, 4096):
+            write_kv(fused[:num, 16:24], fused[:num, 24:], cache, cache, torch.zeros(num, dtype=torch.int64))
+        score_tokens(torch.zeros(3, 151_936, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64))
+
+    assert [x.spilled_bytes for x in found] == [0, 0, 0]
+    for kernel in found:
+        assert ".v4.b32" in kernel.ptx  # 16 bytes at a time

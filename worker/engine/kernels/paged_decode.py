@@ -1,0 +1,520 @@
+"""Paged decode: attention of many single-token rows over their blocks, split so that every program reads as much.
+
+The tokens of all rows are cut into tiles; `plan_decode` lists them on the device, once a step, and in each layer a
+fixed number of programs takes an equal run of the list each. So neither the grid nor the balance depends on lengths,
+which the host need not know, and the launches can be captured in a CUDA graph. A row that is cut by a program's
+boundary leaves partial results with their log-sum-exp, which a second, tiny kernel merges.
+
+A tile's queries are those of the heads that share a key/value head, of one row, or of several rows that share a prefix:
+the same kernel then attends to each group's prefix once, and the rows' own pass begins behind it and merges.
+
+Letters: D rows, H query heads, G key/value heads, J = H / G, E head size, N blocks, B block size, M blocks per table,
+X tiles of rows that share a prefix, P rows in such a tile, T tiles of tokens, L tokens per tile, C programs per
+key/value head.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from worker.engine.kernels.decode_variant import DecodeVariant
+from worker.engine.kernels.prefix_groups import PrefixGroups
+
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LOG2_E = 1.4426950408889634
+#: What a tile's `info` holds: tokens within it, and from bit 10 the first of them that is inside the window.
+_LOW_SHIFT = tl.constexpr(10)
+_FIRST_BIT = tl.constexpr(1 << 20)
+_LAST_BIT = tl.constexpr(1 << 21)
+#: Tiles that are listed at a time.
+_LISTED = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """The tiles of a step, in the order of rows. Lengths alone decide them: layers of one window share a plan."""
+
+    variant: DecodeVariant
+    num_rows: int
+    slots: Tensor  # (T * pieces,) int32, the slot of the first token of each part of a tile that lies in one block
+    rows: Tensor  # (T,) int32
+    info: Tensor  # (T,) int32
+    bounds: Tensor  # (D + 1,) int32, first tile of each row; the last is the number of tiles
+
+
+def plan_decode(
+    tables: Tensor,
+    lens: Tensor,
+    block_size: int,
+    variant: DecodeVariant,
+    *,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    table_rows: Tensor | None = None,
+) -> DecodePlan:
+    """The tiles of rows with `tables` (D, M) int32 and `lens` (D,) int32.
+
+    Each row's tokens begin at `starts` (D,) int32, multiples of the block size, else at 0. `table_rows` (D, P) int32
+    names the rows of `tables` to use instead of the first D: of each the first is taken. A row of length 0 has no tile.
+    """
+    num_rows, tile = len(lens), variant.tile
+    piece = min(tile, block_size)
+    assert max(tile, block_size) % piece == 0, f"a tile of {tile} tokens in blocks of {block_size}"
+    capacity = num_rows * -(-tables.shape[1] * block_size // tile)
+    num_pieces = tile // piece
+    slots, rows, info, bounds = (
+        torch.empty(num, dtype=torch.int32, device=lens.device)
+        for num in (capacity * num_pieces, capacity, capacity, num_rows + 1)
+    )
+    _list_tiles[(num_rows,)](
+        tables,
+        lens,
+        lens if starts is None else starts,
+        lens if table_rows is None else table_rows,
+        slots,
+        rows,
+        info,
+        bounds,
+        num_rows,
+        tables.stride(0),
+        1 if table_rows is None else table_rows.stride(0),
+        0 if window is None else window,
+        BLOCK=block_size,
+        TILE=tile,
+        PIECE=piece,
+        LISTED=_LISTED,
+        ROWS=triton.next_power_of_2(max(num_rows, 16)),
+        HAS_STARTS=starts is not None,
+        HAS_TABLE_ROWS=table_rows is not None,
+        HAS_WINDOW=window is not None,
+        num_warps=4,
+    )
+    return DecodePlan(variant, num_rows, slots, rows, info, bounds)
+
+
+def decode(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: DecodePlan,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    groups: PrefixGroups | None = None,
+) -> tuple[Tensor, Tensor]:
+    """query (D, H, E), caches (N, B, G, E) -> outputs (D, H, E) and log-sum-exps (D, H) float32, to base e.
+
+    `prefix` are outputs (D, H, E) float32 and log-sum-exps (D, H) of what comes before the plan's starts, -inf where
+    nothing does; they are merged in. With `groups` the plan is of their prefixes, outputs are float32, and a row in no
+    group has a log-sum-exp of -inf. Rows without tiles are left as they are. Strides are free but for the last.
+    """
+    variant = plan.variant
+    num_rows, num_heads, head_dim = query.shape
+    block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
+    num_shared = num_heads // num_kv_heads
+    num_members = 1 if groups is None else groups.members.shape[1]
+    num_queries = max(triton.next_power_of_2(num_members * num_shared), 16)
+    head_pad = triton.next_power_of_2(head_dim)
+    device = query.device
+    if groups is None:
+        output = torch.empty(num_rows, num_heads, head_dim, dtype=query.dtype, device=device)
+        lse = torch.empty(num_rows, num_heads, dtype=torch.float32, device=device)
+    else:
+        output = torch.empty(num_rows, num_heads, head_dim, dtype=torch.float32, device=device)
+        lse = torch.full((num_rows, num_heads), -torch.inf, dtype=torch.float32, device=device)
+    num_programs = max(_num_multiprocessors(device) * variant.programs_per_sm // num_kv_heads, 1)
+    # Of a row whose beginning, and one whose end, lies with another program.
+    parts = torch.empty(2 * num_programs, num_kv_heads, num_queries, head_pad, dtype=torch.float32, device=device)
+    part_lse = torch.empty(2 * num_programs, num_kv_heads, num_queries, dtype=torch.float32, device=device)
+    prefix_output, prefix_lse = (output, lse) if prefix is None else prefix
+    members = plan.bounds if groups is None else groups.members
+    shape = {
+        "HEADS": num_heads,
+        "KV_HEADS": num_kv_heads,
+        "SHARED": num_shared,
+        "MEMBERS": num_members,
+        "QUERIES": num_queries,
+        "HEAD": head_dim,
+        "HEAD_PAD": head_pad,
+        "HAS_MEMBERS": groups is not None,
+        "HAS_PREFIX": prefix is not None,
+    }
+    _attend_tiles[(num_programs * num_kv_heads,)](
+        query,
+        k_cache,
+        v_cache,
+        output,
+        lse,
+        prefix_output,
+        prefix_lse,
+        parts,
+        part_lse,
+        plan.slots,
+        plan.rows,
+        plan.info,
+        plan.bounds,
+        members,
+        plan.num_rows,
+        num_programs,
+        query.stride(0),
+        query.stride(1),
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        scale * _LOG2_E,
+        (softcap or 0.0) * _LOG2_E,
+        BLOCK=block_size,
+        TILE=variant.tile,
+        PIECE=min(variant.tile, block_size),
+        HAS_SOFTCAP=softcap is not None,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        **shape,
+        num_warps=variant.num_warps,
+        num_stages=variant.num_stages,
+    )
+    if num_programs > 1:
+        _merge_parts[(num_programs - 1, num_kv_heads)](
+            output,
+            lse,
+            prefix_output,
+            prefix_lse,
+            parts,
+            part_lse,
+            plan.rows,
+            plan.bounds,
+            members,
+            plan.num_rows,
+            num_programs,
+            **shape,
+            num_warps=4 if num_queries * head_pad <= 8192 else 8,
+        )
+    return output, lse
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    """What the grid is made for; a small grid where kernels are interpreted on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
+
+
+@triton.jit
+def _list_tiles(
+    tables,
+    lens,
+    starts,
+    table_rows,
+    slots,
+    rows,
+    info,
+    bounds,
+    num_rows,
+    table_stride,
+    table_rows_stride,
+    window,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+    LISTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_TABLE_ROWS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """One program per row. It counts the tiles of the rows before it, then lists its own."""
+    row = tl.program_id(0)
+    everyone = tl.arange(0, ROWS)
+    all_lens = tl.load(lens + everyone, mask=everyone < num_rows, other=0)
+    all_begins = tl.zeros_like(all_lens)
+    if HAS_STARTS:
+        all_begins = tl.load(starts + everyone, mask=everyone < num_rows, other=0)
+    if HAS_WINDOW:
+        all_begins = tl.maximum(all_begins, all_lens - window)
+    all_nums = tl.where(all_lens > all_begins, tl.cdiv(all_lens, TILE) - all_begins // TILE, 0)
+    before = tl.sum(tl.where(everyone < row, all_nums, 0), axis=0)
+    num = tl.sum(tl.where(everyone == row, all_nums, 0), axis=0)
+    length = tl.sum(tl.where(everyone == row, all_lens, 0), axis=0)
+    begin = tl.sum(tl.where(everyone == row, all_begins, 0), axis=0)
+    tl.store(bounds + row, before)
+    if row == num_rows - 1:
+        tl.store(bounds + num_rows, before + num)
+    table = row
+    if HAS_TABLE_ROWS:
+        table = tl.load(table_rows + row * table_rows_stride)
+    first = begin // TILE
+    for i in range(0, num, LISTED):
+        index = i + tl.arange(0, LISTED)
+        is_mine = index < num
+        place = (first + index) * TILE  # of the tile's first token in its row
+        low = tl.maximum(begin - place, 0)
+        value = tl.minimum(length - place, TILE) | (low << _LOW_SHIFT)
+        value |= tl.where(index == 0, _FIRST_BIT, 0) | tl.where(index == num - 1, _LAST_BIT, 0)
+        tl.store(info + before + index, value, mask=is_mine)
+        tl.store(rows + before + index, row, mask=is_mine)
+        for piece in tl.static_range(TILE // PIECE):
+            token = place + piece * PIECE
+            is_there = is_mine & (token < length)
+            block = tl.load(tables + table * table_stride + token // BLOCK, mask=is_there, other=0)
+            slot = block * BLOCK + token % BLOCK
+            tl.store(slots + (before + index) * (TILE // PIECE) + piece, slot, mask=is_mine)
+
+
+@triton.jit
+def _attend_tiles(
+    query,
+    k_cache,
+    v_cache,
+    output,
+    lse,
+    prefix_output,
+    prefix_lse,
+    parts,
+    part_lse,
+    slots,
+    rows,
+    info,
+    bounds,
+    members,
+    num_rows,
+    num_programs,
+    query_row,
+    query_head,
+    k_block,
+    k_token,
+    k_head,
+    v_block,
+    v_token,
+    v_head,
+    scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    HAS_MEMBERS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+):
+    """A run of tiles for one key/value head. Programs of one run and different heads are neighbours, so that they read
+    the same tokens at about the same time."""
+    program = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    num_tiles = tl.load(bounds + num_rows)
+    per_program = tl.cdiv(num_tiles, num_programs)
+    first_tile = program * per_program
+    end_tile = tl.minimum(first_tile + per_program, num_tiles)
+
+    q_index = tl.arange(0, QUERIES)
+    n_index = tl.arange(0, TILE)
+    e_index = tl.arange(0, HEAD_PAD)
+    head = kv_head * SHARED + q_index % SHARED
+    member = q_index // SHARED
+    k_base = k_cache + kv_head * k_head
+    v_base = v_cache + kv_head * v_head
+
+    best = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, HEAD_PAD], tl.float32)
+    is_from_start = 0  # whether this program has had the current row from its first tile on
+    # Read one tile ahead: loaded where they are used, they would take half of the pipeline's stages.
+    has_any = first_tile < end_tile
+    next_row = tl.load(rows + first_tile, mask=has_any, other=0)
+    next_value = tl.load(info + first_tile, mask=has_any, other=0)
+    next_slot = tl.load(slots + first_tile * (TILE // PIECE), mask=has_any, other=0)
+    for tile in tl.range(first_tile, end_tile):
+        row, value, first_slot = next_row, next_value, next_slot
+        next_tile = tl.minimum(tile + 1, end_tile - 1)
+        next_row = tl.load(rows + next_tile)
+        next_value = tl.load(info + next_tile)
+        next_slot = tl.load(slots + next_tile * (TILE // PIECE))
+        num_valid = value & 1023
+        is_first = (value & _FIRST_BIT) != 0
+        is_last = (value & _LAST_BIT) != 0
+
+        if HAS_MEMBERS:
+            q_row = tl.load(members + row * MEMBERS + member, mask=member < MEMBERS, other=-1)
+            is_query = q_row >= 0
+        else:
+            q_row = tl.zeros_like(q_index) + row
+            is_query = q_index < SHARED
+        q_place = q_row.to(tl.int64)[:, None] * query_row + head[:, None] * query_head + e_index[None, :]
+        q = tl.load(query + q_place, mask=is_query[:, None] & (e_index[None, :] < HEAD), other=0.0)
+
+        is_there = n_index < num_valid
+        if PIECE == TILE:
+            block = (first_slot // BLOCK).to(tl.int64)
+            offset = first_slot % BLOCK + n_index
+        else:
+            slot = tl.load(slots + tile * (TILE // PIECE) + n_index // PIECE) + n_index % PIECE
+            block = (slot // BLOCK).to(tl.int64)
+            offset = slot % BLOCK
+        kv_mask = is_there[:, None] & (e_index[None, :] < HEAD)
+        if PIECE == TILE:
+            k_place = block * k_block + offset[:, None] * k_token + e_index[None, :]
+            v_place = block * v_block + offset[:, None] * v_token + e_index[None, :]
+        else:
+            k_place = block[:, None] * k_block + offset[:, None] * k_token + e_index[None, :]
+            v_place = block[:, None] * v_block + offset[:, None] * v_token + e_index[None, :]
+        k = tl.load(k_base + k_place, mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if HAS_SOFTCAP:
+            # softcap * tanh(scores / softcap), to base 2 as the scores are
+            scores = softcap * (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634) / softcap)) - 1.0)
+        is_attended = is_there & (n_index >= (value >> _LOW_SHIFT) & 1023)
+        scores = tl.where(is_attended[None, :], scores, float("-inf"))
+
+        before = tl.where(is_first, float("-inf"), best)
+        best = tl.maximum(before, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - best[:, None])
+        shrink = tl.exp2(before - best)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v = tl.load(v_base + v_place, mask=kv_mask, other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+
+        is_from_start = tl.where(is_first, 1, is_from_start)
+        if is_last | (tile == end_tile - 1):
+            part = acc / total[:, None]
+            log_sum = best + tl.log2(total)
+            if is_last & (is_from_start == 1):
+                _finish(
+                    part,
+                    log_sum,
+                    q_row,
+                    head,
+                    is_query,
+                    e_index,
+                    output,
+                    lse,
+                    prefix_output,
+                    prefix_lse,
+                    HEADS,
+                    HEAD,
+                    HAS_PREFIX,
+                )
+            else:
+                place = ((program * 2 + is_from_start) * KV_HEADS + kv_head) * QUERIES + q_index
+                tl.store(part_lse + place, log_sum, mask=is_query)
+                tl.store(
+                    parts + place[:, None] * HEAD_PAD + e_index[None, :],
+                    part,
+                    mask=is_query[:, None] & (e_index[None, :] < HEAD),
+                )
+
+
+@triton.jit
+def _finish(
+    part,
+    log_sum,
+    row,
+    head,
+    is_query,
+    e_index,
+    output,
+    lse,
+    prefix_output,
+    prefix_lse,
+    HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+):
+    """Store a row's result, merged with what its prefix gave. `log_sum` is to base 2."""
+    place = row.to(tl.int64) * HEADS + head
+    mask = is_query[:, None] & (e_index[None, :] < HEAD)
+    if HAS_PREFIX:
+        other_sum = tl.load(prefix_lse + place, mask=is_query, other=float("-inf")) / _LN_2
+        other = tl.load(
+            prefix_output + place[:, None] * HEAD + e_index[None, :],
+            mask=mask & (other_sum[:, None] > float("-inf")),
+            other=0.0,
+        )
+        most = tl.maximum(log_sum, other_sum)
+        mine, theirs = tl.exp2(log_sum - most), tl.exp2(other_sum - most)
+        part = (part * mine[:, None] + other * theirs[:, None]) / (mine + theirs)[:, None]
+        log_sum = most + tl.log2(mine + theirs)
+    tl.store(lse + place, log_sum * _LN_2, mask=is_query)
+    tl.store(output + place[:, None] * HEAD + e_index[None, :], part.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _merge_parts(
+    output,
+    lse,
+    prefix_output,
+    prefix_lse,
+    parts,
+    part_lse,
+    rows,
+    bounds,
+    members,
+    num_rows,
+    num_programs,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    HAS_MEMBERS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+):
+    """One program per boundary between programs: the first boundary within a row gathers all of its parts."""
+    boundary = tl.program_id(0) + 1
+    kv_head = tl.program_id(1)
+    num_tiles = tl.load(bounds + num_rows)
+    per_program = tl.cdiv(num_tiles, num_programs)
+    tile = boundary * per_program
+    if tile < num_tiles:
+        row = tl.load(rows + tile)
+        first_tile = tl.load(bounds + row)
+        end_tile = tl.load(bounds + row + 1)
+        if (first_tile < tile) & (first_tile // per_program == boundary - 1):
+            q_index = tl.arange(0, QUERIES)
+            e_index = tl.arange(0, HEAD_PAD)
+            head = kv_head * SHARED + q_index % SHARED
+            member = q_index // SHARED
+            if HAS_MEMBERS:
+                q_row = tl.load(members + row * MEMBERS + member, mask=member < MEMBERS, other=-1)
+                is_query = q_row >= 0
+            else:
+                q_row = tl.zeros_like(q_index) + row
+                is_query = q_index < SHARED
+            mask = is_query[:, None] & (e_index[None, :] < HEAD)
+            best = tl.full([QUERIES], float("-inf"), tl.float32)
+            total = tl.zeros([QUERIES], tl.float32)
+            acc = tl.zeros([QUERIES, HEAD_PAD], tl.float32)
+            for program in range(boundary - 1, (end_tile - 1) // per_program + 1):
+                is_head = (program == boundary - 1).to(tl.int32)
+                place = ((program * 2 + is_head) * KV_HEADS + kv_head) * QUERIES + q_index
+                log_sum = tl.load(part_lse + place, mask=is_query, other=0.0)
+                part = tl.load(parts + place[:, None] * HEAD_PAD + e_index[None, :], mask=mask, other=0.0)
+                most = tl.maximum(best, log_sum)
+                shrink, weight = tl.exp2(best - most), tl.exp2(log_sum - most)
+                acc = acc * shrink[:, None] + part * weight[:, None]
+                total = total * shrink + weight
+                best = most
+            _finish(
+                acc / total[:, None],
+                best + tl.log2(total),
+                q_row,
+                head,
+                is_query,
+                e_index,
+                output,
+                lse,
+                prefix_output,
+                prefix_lse,
+                HEADS,
+                HEAD,
+                HAS_PREFIX,
+            )

@@ -1,0 +1,54 @@
+"""The twins: what each kernel computes, in plain torch and in the inputs' own precision. Tests hold kernels to them.
+
+Letters: D rows, H query heads, G key/value heads, E head size, N blocks, B block size, M blocks per table, T tokens,
+C scored positions, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+
+def plain_decode(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """query (D, H, E), caches (N, B, G, E) -> outputs (D, H, E), log-sum-exps (D, H). One row after the other."""
+    outputs, log_sums = [], []
+    num_shared = query.shape[1] // k_cache.shape[2]
+    for row, length in enumerate(lens.tolist()):
+        first = 0 if window is None else max(length - window, 0)
+        blocks = tables[row, : -(-length // k_cache.shape[1])].long()
+        keys, values = (
+            cache[blocks].flatten(0, 1)[first:length].repeat_interleave(num_shared, dim=1)
+            for cache in (k_cache, v_cache)
+        )
+        scores = torch.einsum("he,the->ht", query[row], keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        outputs.append(torch.einsum("ht,the->he", scores.softmax(dim=-1), values))
+        log_sums.append(scores.logsumexp(dim=-1))
+    return torch.stack(outputs), torch.stack(log_sums)
+
+
+def plain_write_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """As `write_kv`."""
+    kept = slots >= 0
+    block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
+    k_cache[block, offset], v_cache[block, offset] = key[kept], value[kept]
+
+
+def plain_score_tokens(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `score_tokens`, in the logits' own precision."""
+    chosen = logits.gather(1, targets[:, None])  # (C, 1)
+    log_sums = logits.logsumexp(dim=-1)
+    # Equal logits rank by token id, as argmax takes the first of them.
+    is_before = torch.arange(logits.shape[-1], device=logits.device) < targets[:, None]
+    ranks = ((logits > chosen) | ((logits == chosen) & is_before)).sum(dim=-1, dtype=torch.int32) + 1
+    return chosen.squeeze(1) - log_sums, log_sums, ranks
