@@ -166,7 +166,8 @@ def test_engine_without_kv_tokens_takes_a_bounded_cache_on_a_cpu(model_folder: C
     ("changes", "words"),
     [
         ({"attention": "flash-attn-2"}, "flash-attn needs CUDA"),
-        ({"attention": "xformers"}, "auto, sdpa, flash-attn-2"),
+        ({"attention": "triton"}, "Triton needs CUDA"),
+        ({"attention": "xformers"}, "auto, sdpa, flash-attn-2, triton"),
         ({"dtype": "int4"}, "float32, bfloat16, float16"),
         ({"device": "tpu"}, "auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "CUDA devices"),

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from protocol.errors import ConfigurationError
+from worker.engine.kernels.prefix_groups import PrefixGroups
 from worker.engine.kv_cache import KVCache
 
 log = logging.getLogger("millrace.engine")
@@ -28,6 +29,9 @@ log = logging.getLogger("millrace.engine")
 NAME = "millrace"
 #: The keyword that carries the step through the model's forward.
 STEP = "millrace_step"
+
+#: What engine.attention may be.
+BACKENDS = ("auto", "sdpa", "flash-attn-2", "triton")
 
 #: Keywords that models pass on and that change nothing here: positions are in the queries and keys already, dropout
 #: is zero outside training, and the cache is ours.
@@ -62,6 +66,8 @@ class AttentionTerms:
 class AttentionBackend(Protocol):
     name: str
     block_size: int
+    #: Decode asks the host for nothing, so that it can be captured in a CUDA graph.
+    is_capturable: bool
 
     def attend(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: "AttentionStep", terms: AttentionTerms
@@ -93,6 +99,9 @@ class AttentionStep:
     decode_kv_lens: npt.NDArray[np.int64]  # (D,)
     query_lens: npt.NDArray[np.int64]  # (S,)
     kv_lens: npt.NDArray[np.int64]  # (S,)
+    prefixes: PrefixGroups | None = None  # of the decode rows
+    #: What the backend works out once for all layers of the step.
+    plans: dict[Any, Any] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
         k_cache, v_cache = self.cache.write(layer, self.slots, key, value)
@@ -163,8 +172,10 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
 
     Raises ConfigurationError for an unknown name and for one that cannot run here.
     """
-    if name not in ("auto", "sdpa", "flash-attn-2"):
-        raise ConfigurationError(f"engine.attention={name!r} is unknown: it is one of auto, sdpa, flash-attn-2")
+    if name not in BACKENDS:
+        raise ConfigurationError(f"engine.attention={name!r} is unknown: it is one of {', '.join(BACKENDS)}")
+    if name == "triton":
+        return _triton_backend(device, dtype)
     obstacle = flash_attention_obstacle(device, dtype)
     if name == "flash-attn-2" and obstacle:
         raise ConfigurationError(f"engine.attention='flash-attn-2' cannot run here: {obstacle}; use auto or sdpa")
@@ -177,6 +188,31 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     from worker.engine.backends.flash_attention import FlashAttentionBackend
 
     return FlashAttentionBackend()
+
+
+def _triton_backend(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    if (obstacle := triton_obstacle(device)) is not None:
+        raise ConfigurationError(f"engine.attention='triton' cannot run here: {obstacle}; use auto or sdpa")
+    from worker.engine.backends.triton import TritonBackend
+
+    if flash_attention_obstacle(device, dtype):
+        from worker.engine.backends.sdpa import SDPABackend
+
+        return TritonBackend(SDPABackend())
+    from worker.engine.backends.flash_attention import FlashAttentionBackend
+
+    return TritonBackend(FlashAttentionBackend())
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why our Triton kernels do not run here; None where they do."""
+    if device.type != "cuda":
+        return f"the device is {device}, and Triton needs CUDA"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
 
 
 def flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -88,6 +88,8 @@ class FlashTextAttention:
 
 def choose_text_attention(name: str, device: torch.device, dtype: torch.dtype) -> TextAttention:
     """The one called `name` in the settings, or the fastest that runs here for "auto". Raises as `choose_backend`."""
+    if name == "triton":  # decodes, and leaves whole texts to others
+        name = "auto"
     return PlainTextAttention() if choose_backend(name, device, dtype).name == "sdpa" else FlashTextAttention()
 
 

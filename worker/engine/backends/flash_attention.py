@@ -1,5 +1,7 @@
 """FlashAttentionBackend: flash-attn 2 straight from the blocks, never gathering K or V and never asking the device."""
 
+from typing import Any
+
 import torch
 from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
@@ -11,18 +13,12 @@ class FlashAttentionBackend:
     name = "flash-attn-2"
     #: The paged kernels of flash-attn 2 take multiples of this alone.
     block_size = 256
+    is_capturable = True
 
     def attend(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
         num_decode = step.num_decode
-        window = (-1, -1) if terms.window is None else (terms.window - 1, 0)
-        options = {
-            "softmax_scale": terms.scale,
-            "causal": True,
-            "window_size": window,
-            "softcap": terms.softcap or 0.0,
-        }
         parts: list[Tensor] = []
         if num_decode:
             decoded = flash_attn_with_kvcache(
@@ -31,21 +27,35 @@ class FlashAttentionBackend:
                 v_cache,
                 cache_seqlens=step.decode_lens,
                 block_table=step.decode_tables,
-                **options,
+                **_options(terms),
             )
             parts.append(decoded.squeeze(1))
         if len(step.query_lens):
-            parts.append(
-                flash_attn_varlen_func(
-                    query[num_decode:],
-                    k_cache,
-                    v_cache,
-                    cu_seqlens_q=step.cu_query_lens,
-                    cu_seqlens_k=step.cu_kv_lens,
-                    max_seqlen_q=int(step.query_lens.max()),
-                    max_seqlen_k=int(step.kv_lens.max()),
-                    block_table=step.prefill_tables,
-                    **options,
-                )
-            )
+            parts.append(self.attend_prefill(query[num_decode:], k_cache, v_cache, step, terms))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def attend_prefill(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
+    ) -> Tensor:
+        """query (P, H, E) of the prefill pieces alone."""
+        output: Tensor = flash_attn_varlen_func(
+            query,
+            k_cache,
+            v_cache,
+            cu_seqlens_q=step.cu_query_lens,
+            cu_seqlens_k=step.cu_kv_lens,
+            max_seqlen_q=int(step.query_lens.max()),
+            max_seqlen_k=int(step.kv_lens.max()),
+            block_table=step.prefill_tables,
+            **_options(terms),
+        )
+        return output
+
+
+def _options(terms: AttentionTerms) -> dict[str, Any]:
+    return {
+        "softmax_scale": terms.scale,
+        "causal": True,
+        "window_size": (-1, -1) if terms.window is None else (terms.window - 1, 0),
+        "softcap": terms.softcap or 0.0,
+    }

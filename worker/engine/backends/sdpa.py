@@ -20,6 +20,7 @@ _GROUP_BYTES = 1 << 22
 class SDPABackend:
     name = "sdpa"
     block_size = 16
+    is_capturable = False  # it gathers by lengths that it knows
 
     def attend(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
@@ -28,7 +29,15 @@ class SDPABackend:
         parts = []
         if num_decode:
             parts.append(self._decode(query[:num_decode], k_cache, v_cache, step, terms))
-        start = num_decode
+        if len(step.query_lens):
+            parts.append(self.attend_prefill(query[num_decode:], k_cache, v_cache, step, terms))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def attend_prefill(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
+    ) -> Tensor:
+        """query (P, H, E) of the prefill pieces alone."""
+        parts, start = [], 0
         for i, (num_query, num_kv) in enumerate(zip(step.query_lens.tolist(), step.kv_lens.tolist(), strict=True)):
             keys, values = (_gather(cache, step.prefill_tables[i : i + 1], num_kv) for cache in (k_cache, v_cache))
             parts.append(attend_causally(query[start : start + num_query], keys[0], values[0], terms))

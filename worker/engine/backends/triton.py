@@ -1,0 +1,89 @@
+"""TritonBackend: decode by our own kernels, which share the reading of common prefixes; prefill by another backend.
+
+Letters: P tokens of prefill pieces, H query heads, E head size.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from worker.engine.attention import AttentionStep, AttentionTerms
+from worker.engine.kernels.decode_variant import choose_variant
+from worker.engine.kernels.paged_decode import DecodePlan, decode, plan_decode
+from worker.engine.kernels.prefix_groups import PrefixGroups
+
+#: Queries of one key/value head that attend to a shared prefix in one tile: what a tensor core's largest tile takes.
+_PREFIX_QUERIES = 64
+
+
+class Prefill(Protocol):
+    name: str
+    block_size: int
+
+    def attend_prefill(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
+    ) -> Tensor:
+        """query (P, H, E) of the step's prefill pieces alone, result (P, H, E)."""
+
+
+class TritonBackend:
+    is_capturable = True
+
+    def __init__(self, prefill: Prefill) -> None:
+        self._prefill = prefill
+        self.name = f"triton, prefill by {prefill.name}"
+        # Smaller blocks share more, but the other kernel may take large ones alone.
+        self.block_size = max(prefill.block_size, 64)
+
+    def attend(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
+    ) -> Tensor:
+        num_decode = step.num_decode
+        parts: list[Tensor] = []
+        if num_decode:
+            parts.append(self._decode(query[:num_decode], k_cache, v_cache, step, terms))
+        if len(step.query_lens):
+            parts.append(self._prefill.attend_prefill(query[num_decode:], k_cache, v_cache, step, terms))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
+    ) -> Tensor:
+        num_shared, head_dim, block_size = query.shape[1] // k_cache.shape[2], query.shape[2], k_cache.shape[1]
+        options: dict[str, Any] = {"scale": terms.scale, "softcap": terms.softcap}
+        prefix = starts = None
+        key: tuple[Any, ...]
+        # Most of a prefix is outside of a window.
+        if step.prefixes is not None and terms.window is None:
+            starts = step.prefixes.starts
+            num_members = max(_PREFIX_QUERIES // num_shared, 1)
+            key = "prefix", num_members, head_dim
+            if key not in step.plans:
+                groups = _split(step.prefixes, num_members)
+                variant = choose_variant(num_members * num_shared, head_dim)
+                tables, lens = step.decode_tables, groups.lens
+                step.plans[key] = groups, plan_decode(tables, lens, block_size, variant, table_rows=groups.members)
+            groups, plan = step.plans[key]
+            prefix = decode(query, k_cache, v_cache, plan, groups=groups, **options)
+        key = "decode", num_shared, head_dim, terms.window
+        if key not in step.plans:
+            variant = choose_variant(num_shared, head_dim)
+            step.plans[key] = plan_decode(
+                step.decode_tables, step.decode_lens, block_size, variant, starts=starts, window=terms.window
+            )
+        own_plan: DecodePlan = step.plans[key]
+        return decode(query, k_cache, v_cache, own_plan, prefix=prefix, **options)[0]
+
+
+def _split(groups: PrefixGroups, num_members: int) -> PrefixGroups:
+    """The same with at most `num_members` rows in a tile."""
+    num_tiles = -(-groups.members.shape[1] // num_members)
+    if num_tiles == 1:
+        return groups
+    members = torch.nn.functional.pad(
+        groups.members, (0, num_tiles * num_members - groups.members.shape[1]), value=-1
+    ).view(-1, num_members)
+    lens = groups.lens.repeat_interleave(num_tiles)
+    # Members stand at the beginning of their tile, so one whose first is missing has none.
+    return PrefixGroups(members, torch.where(members[:, 0] >= 0, lens, 0), groups.starts)
