@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from producer.file_format import FORMATS, format_of
-from protocol.sampling import SamplingParams
+from protocol.sampling import TOO_LONG, SamplingParams
 
 
 def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,6 +19,12 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest tokens.")
     @click.option("--seed", type=int, metavar="N", help="Makes draws repeatable.")
     @click.option("--n", type=int, metavar="N", help="Samples per prompt.")
+    @click.option(
+        "--too-long",
+        type=click.Choice(TOO_LONG),
+        help="A prompt that is too long is an error, which is the default, or loses its beginning: what is left has "
+        "room for --max-tokens of answer.",
+    )
     @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; can be given several times.")
     @click.option("--timeout", type=float, metavar="SECONDS", help="From submission; what is late is an error.")
     @wraps(command)
@@ -29,6 +35,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
         top_k: int | None,
         seed: int | None,
         n: int | None,
+        too_long: str | None,
         stop: tuple[str, ...],
         timeout: float | None,
         **others: Any,
@@ -41,6 +48,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
             seed=seed,
             n=n,
             stop=stop or None,
+            too_long=too_long,
             timeout=timeout,
         )
         params.validate()

@@ -85,6 +85,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0  # from claiming the Chunk to having the answer
 
 
+_NOT_IN_KEY = ("n", "encoding_format", "too_long", "truncated_tokens")
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_requests = msgspec.msgpack.Decoder(list[Request]).decode
 
@@ -103,11 +105,12 @@ def answer_key(tenant: str, fingerprint: str, request: Request, params: Resolved
     """32 bytes that name an answer: equal keys have equal answers.
 
     SHA-256 over everything that can change the answer. `n` only says how many samples there are, how an embedding is
-    shown does not change it, and all greedy samples are the same one, so none of them enters the key.
+    shown does not change it, and all greedy samples are the same one, so none of them enters the key. Nor does what
+    becomes of prompts that are too long: one that was cut is a Request of the tokens that are left.
     """
     if not params.is_cacheable:
         raise ValueError("an unseeded draw has no answer key")
-    fields = [name for name in params.__struct_fields__ if name not in ("n", "encoding_format")]
+    fields = [name for name in params.__struct_fields__ if name not in _NOT_IN_KEY]
     parameters: list[Any] = [getattr(params, name) for name in fields]
     parameters = [sorted(value.items()) if isinstance(value, dict) else value for value in parameters]
     parameters = [None if value is msgspec.UNSET else value for value in parameters]

@@ -19,6 +19,9 @@ MAX_LOGIT_BIAS = 512
 MAX_LOGPROBS = 20
 #: Logits are divided by it in float32, which must not overflow.
 MIN_REPETITION_PENALTY = 1e-6
+#: What becomes of a prompt that is too long: an error, or its end, with room for max_tokens of answer.
+TRUNCATE_LEFT = "truncate-left"
+TOO_LONG = ("error", TRUNCATE_LEFT)
 #: Token counts cross to the engine and the database as 32-bit integers.
 MAX_TOKEN_COUNT = 2**31 - 1
 #: Seconds from a Job's submission: longer than anybody waits, and short enough for any clock.
@@ -52,6 +55,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] | None = None  # end an answer also with ignore_eos
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    too_long: str | None = None  # one of TOO_LONG: what becomes of a prompt that the engine cannot hold
     timeout: float | None = None
 
     def validate(self) -> None:
@@ -98,6 +102,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             yield name, value, 0 <= (value or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"
+        yield "too_long", self.too_long, self.too_long in TOO_LONG, " or ".join(TOO_LONG)
 
     def over(self, lower: "SamplingParams") -> "SamplingParams":
         """These parameters, with what is unset taken from `lower`."""
@@ -128,6 +133,9 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     # Of an embedding alone, and shown with nothing else.
     dimensions: int | msgspec.UnsetType | None = msgspec.UNSET
     encoding_format: str | msgspec.UnsetType = msgspec.UNSET
+    # Shown only where a prompt may be cut, and where one was: by how many tokens at its beginning.
+    too_long: str | msgspec.UnsetType = msgspec.UNSET
+    truncated_tokens: int | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def is_greedy(self) -> bool:
@@ -169,6 +177,7 @@ def resolve(params: SamplingParams, *, max_tokens: int) -> ResolvedParams:
         stop_token_ids=tuple(sorted(set(params.stop_token_ids or ()))),
         logprobs=params.logprobs,
         prompt_logprobs=params.prompt_logprobs,
+        too_long=params.too_long if params.too_long == TRUNCATE_LEFT else msgspec.UNSET,
     )
 
 

@@ -2,14 +2,15 @@
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import msgspec
 
 from protocol.errors import InvalidRequest
 from protocol.frames import EngineReady
 from protocol.requests import Answer, Failure, Kind, Request, Result, answer_key
-from protocol.sampling import ResolvedParams, SamplingParams
+from protocol.sampling import TRUNCATE_LEFT, ResolvedParams, SamplingParams
 from storage.answers import AnswerCache, find_answers
 from storage.ledger import Ledger
 from worker.defaults import ModelDefaults
@@ -18,6 +19,7 @@ from worker.owner import Owner
 from worker.pooled import check_kind, samples_of
 from worker.scoring import ScoredPrompt, encode_scored
 from worker.text import Tokenizer
+from worker.truncation import keep_end, of_token_ids
 
 logger = logging.getLogger("millrace.worker")
 
@@ -132,19 +134,16 @@ class Preparation:
                     _settle_known(piece, answer)
         return unknown
 
-    def _start(self, pieces: Iterable[Piece]) -> None:
-        """Tokenizes each Request once, also when it has several samples."""
-        pieces = list(pieces)
-        requests = {id(piece.request): piece.request for piece in pieces}
-        generating = {key: request for key, request in requests.items() if request.kind != "score"}
-        encoded: dict[int, list[int] | ScoredPrompt | Failure] = dict(
-            zip(generating, self._tokenizer.encode(list(generating.values())), strict=True)
-        )
-        tokenizer = self._tokenizer
-        for key in requests.keys() - generating.keys():
-            encoded[key] = encode_scored(requests[key], tokenizer.encode_text, tokenizer.prefix_token_id)
+    def _start(self, pieces: Sequence[Piece]) -> None:
+        encoded = self._encode(pieces)
         ready: list[tuple[Piece, list[int] | ScoredPrompt]] = []
+        cut = self._cut(pieces, encoded)
+        if cut:
+            # What is left of them may be known, and fits.
+            self._start(self._serve_known(list(cut.values())))
         for piece in pieces:
+            if id(piece) in cut:
+                continue
             ids = encoded[id(piece.request)]
             if not isinstance(ids, Failure):
                 num_tokens = len(ids if isinstance(ids, list) else ids.token_ids)
@@ -158,16 +157,48 @@ class Preparation:
                 piece.owner.settle(failed(piece.request, ids, piece.params, piece.sample, piece.owner))
         self._generations.add(ready, self._context_tokens)
 
+    def _encode(self, pieces: Sequence[Piece]) -> dict[int, list[int] | ScoredPrompt | Failure]:
+        """By the Request's identity: each is tokenized once, also when it has several samples."""
+        requests = {id(piece.request): piece.request for piece in pieces}
+        generating = {key: request for key, request in requests.items() if request.kind != "score"}
+        encoded: dict[int, list[int] | ScoredPrompt | Failure] = dict(
+            zip(generating, self._tokenizer.encode(list(generating.values())), strict=True)
+        )
+        tokenizer = self._tokenizer
+        for key in requests.keys() - generating.keys():
+            encoded[key] = encode_scored(requests[key], tokenizer.encode_text, tokenizer.prefix_token_id)
+        return encoded
+
+    def _cut(
+        self, pieces: Sequence[Piece], encoded: Mapping[int, list[int] | ScoredPrompt | Failure]
+    ) -> dict[int, Piece]:
+        """By the piece's identity: those that are too long and may lose their beginning, as what is left of them."""
+        requests: dict[int, Request] = {}
+        cut: dict[int, Piece] = {}
+        for piece in pieces:
+            ids = encoded[id(piece.request)]
+            if piece.params.too_long != TRUNCATE_LEFT or not isinstance(ids, list):
+                continue
+            kept = keep_end(ids, piece.params.max_tokens, self._context_tokens, self._tokenizer.bos_token_id)
+            if kept is ids:
+                continue
+            request = requests.setdefault(id(piece.request), of_token_ids(piece.request, kept))
+            params = msgspec.structs.replace(piece.params, truncated_tokens=len(ids) - len(kept))
+            key = self._key(piece.owner, request, params, piece.sample)
+            cut[id(piece)] = replace(piece, request=request, params=params, key=key)
+        return cut
+
     def _too_long(self, num_tokens: int, most: int, kind: Kind) -> Failure:
         limit, room = "of prompt and answer together, so at most {most} of prompt", "KV_TOKENS"
+        way_out = f"Shorten the prompt, let its beginning go with too_long {TRUNCATE_LEFT}"
         if kind != "generate":
-            limit = "of prompt"
+            limit, way_out = "of prompt", "Shorten the prompt"
         if kind in ("embed", "classify"):
             limit, room = "in one step, which holds the whole text", "MAX_BATCH_TOKENS"
         return Failure(
             "prompt_too_long",
             f"the prompt has {num_tokens} tokens; this engine holds {self._context_tokens} {limit.format(most=most)}. "
-            f"Shorten the prompt, or serve the model with a larger MILLRACE_ENGINE_MAX_MODEL_LEN or "
+            f"{way_out}, or serve the model with a larger MILLRACE_ENGINE_MAX_MODEL_LEN or "
             f"MILLRACE_ENGINE_{room} where its configuration allows it and run the same with --retry-errors",
         )
 

@@ -32,9 +32,9 @@ class Tokenizer:
             )
         self._backend = _plain_backend(self._tokenizer)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id
-        bos_token_id: int | None = self._tokenizer.bos_token_id
+        self.bos_token_id: int | None = self._tokenizer.bos_token_id
         #: Stands before a text that is scored from its first token on.
-        self.prefix_token_id = bos_token_id if bos_token_id is not None else self.eos_token_id
+        self.prefix_token_id = self.bos_token_id if self.bos_token_id is not None else self.eos_token_id
         self._token_bytes = TokenBytes(self._tokenizer)
         self.token_bytes = self._token_bytes.of
 

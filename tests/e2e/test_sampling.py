@@ -17,6 +17,9 @@ TEXT = "the queue holds the"
 GREEDY = {"temperature": 0, "max_tokens": 8}
 FORCED = {"logit_bias": {"7": 100}, "stop_token_ids": [7], "ignore_eos": True}
 
+CONTEXT = 64
+LONG = [5 + number % 7 for number in range(100)]
+
 
 def lines(ids: list[int]) -> list[dict[str, Any]]:
     body = {"messages": [{"role": "user", "content": TEXT}], "logprobs": True, "top_logprobs": 3, **GREEDY}
@@ -28,6 +31,10 @@ def lines(ids: list[int]) -> list[dict[str, Any]]:
         {"id": "held off", "prompt": TEXT, "min_tokens": 3, **FORCED, **GREEDY},
         {"id": "drawn", "prompt": TEXT, "seed": 5, "n": 3, "min_p": 0.01, "repetition_penalty": 1.2, "logprobs": 0},
         {"id": "outside", "prompt": [5, 512]},
+        {"id": "too long", "prompt": LONG, **GREEDY},
+        {"id": "cut", "prompt": LONG, "too_long": "truncate-left", "n": 2, "seed": 3, "max_tokens": 8},
+        {"id": "end", "prompt": LONG[-CONTEXT + 8 :], "n": 2, "seed": 3, "max_tokens": 8},
+        {"id": "whole", "prompt": ids, "too_long": "truncate-left", **GREEDY},
         {"id": "impossible", "prompt": TEXT, "min_tokens": 17},
     ]
 
@@ -53,7 +60,9 @@ def test_sampling_parameters_of_a_file_reach_its_results(start: Start, model: Pa
     ids = tokenizer(TEXT)["input_ids"]
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(ids)))
 
-    code, _, stderr = start("run", "lines.jsonl", "-o", "results.jsonl", "--model", model).finish()
+    code, _, stderr = start(
+        "run", "lines.jsonl", "-o", "results.jsonl", "--model", model, engine_max_model_len=str(CONTEXT)
+    ).finish()
 
     assert code == 0, stderr
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -84,6 +93,13 @@ def test_sampling_parameters_of_a_file_reach_its_results(start: Start, model: Pa
         assert len(row["logprobs"]["content"]) == row["usage"]["completion_tokens"] == 16
         assert all(math.isfinite(token["logprob"]) for token in row["logprobs"]["content"])
         assert (row["params"]["min_p"], row["params"]["repetition_penalty"]) == (0.01, 1.2)
+
+    assert results["too long", 0]["error"]["code"] == "prompt_too_long"
+    cut = [results["cut", sample] for sample in range(2)]
+    assert [(row["usage"]["prompt_tokens"], row["params"]["truncated_tokens"]) for row in cut] == [(56, 44)] * 2
+    assert [row["text"] for row in cut] == [results["end", sample]["text"] for sample in range(2)]
+    assert results["whole", 0]["text"] == text["text"]
+    assert "truncated_tokens" not in results["whole", 0]["params"]
 
     assert results["outside", 0]["error"] == {
         "code": "invalid_token",

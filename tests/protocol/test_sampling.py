@@ -43,6 +43,7 @@ LIMITS = [
     Limits("stop_token_ids", ((), (0, 5) * (MAX_STOP_TOKEN_IDS // 2)), ((-1,), (5,) * (MAX_STOP_TOKEN_IDS + 1))),
     Limits("logprobs", (0, 20), (-1, 21)),
     Limits("prompt_logprobs", (0, 20), (-1, 21)),
+    Limits("too_long", ("error", "truncate-left"), ("truncate", "")),
     Limits("timeout", (1e-3, MAX_TIMEOUT_S), (0, -1, MAX_TIMEOUT_S + 1, NAN, INF)),
 ]
 
@@ -51,8 +52,9 @@ def test_every_parameter_has_its_limits_tested() -> None:
     assert {limits.name for limits in LIMITS} == set(SamplingParams.__struct_fields__)
     of_embeddings = {"dimensions", "encoding_format"}  # are a Request's, and checked where it is read
     changes_no_answer = {"timeout"}
+    found_by_worker = {"truncated_tokens"}
     resolved = set(ResolvedParams.__struct_fields__)
-    assert {limits.name for limits in LIMITS} - changes_no_answer == resolved - of_embeddings
+    assert {limits.name for limits in LIMITS} - changes_no_answer == resolved - of_embeddings - found_by_worker
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: limits.name)
@@ -119,13 +121,14 @@ def test_answer_key_changes_with_every_parameter_that_can_change_the_answer() ->
         "prompt_logprobs": 0,
         "dimensions": 5,
     }
-    # n only says how many samples there are, encoding_format only how they are shown.
-    assert set(changes) == set(ResolvedParams.__struct_fields__) - {"n", "encoding_format"}
+    # n only says how many samples there are, encoding_format only how they are shown; what was cut has other tokens.
+    same: dict[str, Any] = {"n": 5, "encoding_format": "base64", "too_long": "truncate-left", "truncated_tokens": 3}
+    assert set(changes) == set(ResolvedParams.__struct_fields__) - set(same)
 
     keys = {key(base), *(key(msgspec.structs.replace(base, **{name: value})) for name, value in changes.items())}
 
     assert len(keys) == len(changes) + 1
-    assert key(msgspec.structs.replace(base, n=5, encoding_format="base64")) == key(base)
+    assert key(msgspec.structs.replace(base, **same)) == key(base)
     assert key(base, sample=1) != key(base)
 
 
