@@ -1,44 +1,29 @@
-"""Progress: a Job's way to its end on stderr; a live line on a terminal, plain lines every few seconds elsewhere."""
+"""Progress: a Job's way to its end, as a live line."""
 
-import logging
-import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 
-import click
-
+from cli.live_line import LiveLine
 from storage.jobs import JobStatus
 
-#: Seconds between two plain lines.
-_PLAIN_INTERVAL_S = 5.0
 #: Seconds over which speed is taken: results come a batch at a time.
 _WINDOW_S = 15.0
-_CLEAR_LINE = "\r\x1b[K"
 
 
-class Progress:
-    """A context manager; messages of our loggers go through it, so that they do not tear the live line."""
+class Progress(LiveLine):
+    """A context manager, as a LiveLine is."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._is_live = sys.stderr.isatty()
-        self._is_line_open = False
-        self._last_plain = self._start = clock()
+        super().__init__(clock)
         self._is_loading: bool | None = None
         self._seen: deque[tuple[float, int, int]] = deque()  # time, results, computed tokens
-        self._handler = _Handler(self)
 
     def __enter__(self) -> "Progress":
-        logging.getLogger("millrace").addHandler(self._handler)
+        super().__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("millrace").removeHandler(self._handler)
-        self._clear()
-
-    def show(self, status: JobStatus, *, is_loading: bool | None = None) -> None:
+    def show_status(self, status: JobStatus, *, is_loading: bool | None = None) -> None:
         """Take in where the Job is, and print it if it is time.
 
         `is_loading` says whether its worker is still busy starting; None when that is not known from here.
@@ -48,19 +33,7 @@ class Progress:
         self._seen.append((now, status.num_ok + status.num_error, status.computed_tokens))
         while len(self._seen) > 2 and self._seen[1][0] <= now - _WINDOW_S:
             self._seen.popleft()
-        if self._is_live:
-            # A line that wraps could not be cleared again.
-            width = shutil.get_terminal_size().columns - 1
-            click.echo(_CLEAR_LINE + self._line(status)[:width], nl=False, err=True)
-            self._is_line_open = True
-        elif now - self._last_plain >= _PLAIN_INTERVAL_S:
-            self._last_plain = now
-            click.echo(self._line(status), err=True)
-
-    def say(self, text: str) -> None:
-        """Print a line of its own."""
-        self._clear()
-        click.echo(text, err=True)
+        self.show(lambda: self._line(status))
 
     def _line(self, status: JobStatus) -> str:
         (then, results_then, tokens_then), (now, results, tokens) = self._seen[0], self._seen[-1]
@@ -87,20 +60,6 @@ class Progress:
         if self._is_loading is None:
             return "waiting for a worker"
         return "the model is being loaded" if self._is_loading else "the worker is ready"
-
-    def _clear(self) -> None:
-        if self._is_line_open:
-            click.echo(_CLEAR_LINE, nl=False, err=True)
-            self._is_line_open = False
-
-
-class _Handler(logging.Handler):
-    def __init__(self, progress: Progress) -> None:
-        super().__init__(logging.WARNING)
-        self._progress = progress
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._progress.say(f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def clock_time(seconds: float) -> str:

@@ -172,7 +172,7 @@ class _Run:
                 def look(status: "JobStatus") -> None:
                     self._interrupts.check()
                     system.supervise(status.num_ok + status.num_error)
-                    progress.show(status, is_loading=not system.is_worker_ready)
+                    progress.show_status(status, is_loading=not system.is_worker_ready)
 
                 try:
                     job = self._submit(client, look)

@@ -58,16 +58,23 @@ def command(
         known = client.find_same(source, name=name, params=params)
         if name is not None and known is not None and known.state != "submitting":
             progress.say(f"the Job {name!r} has all its lines: the input is not read again")
-        job = client.submit(source, name=name, params=params, retry_errors=retry_errors)
+        job = client.submit(
+            source,
+            name=name,
+            params=params,
+            retry_errors=retry_errors,
+            on_progress=lambda number: progress.show(lambda: f"{number:,} lines are in"),
+        )
+        progress.clear()
         click.echo(job.id, err=output == STDOUT)
         if not wait and output is None:
             return
         if output is None:
-            check_any_answer(client.wait(job, on_progress=progress.show), "`millrace results` shows them")
+            check_any_answer(client.wait(job, on_progress=progress.show_status), "`millrace results` shows them")
             return
         summary = Summary()
         with open_output(output) as file:
-            status = client.wait(job, on_progress=progress.show)
+            status = client.wait(job, on_progress=progress.show_status)
             for result in client.results(job, wait=False):
                 file.write(result)
                 summary.add(result)

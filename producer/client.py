@@ -3,6 +3,7 @@
 Needs neither torch nor a running worker; while the broker is away it goes on, since the ledger is what counts.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from types import TracebackType
 from typing import get_args
@@ -18,6 +19,7 @@ from protocol.errors import ConfigurationError, DamagedInput, JobNotFound, Submi
 from protocol.requests import Request, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
+from storage.deletion import delete_job, find_job_to_delete
 from storage.jobs import (
     Job,
     JobStatus,
@@ -230,6 +232,23 @@ class Client:
         if is_cancelled:
             self._landings.publish({job_id: ()})
         return is_cancelled
+
+    def delete(self, job: Job | str, *, force: bool = False, on_progress: Callable[[int], None] | None = None) -> int:
+        """Delete the Job with its Requests and Results; returns how many Results that were.
+
+        With `force` one that has not ended is cancelled first. `on_progress` is told how many Results have gone. After
+        an interruption the same call goes on. The answers that the Job brought stay known: they are nobody's, and go
+        when they are pruned. Raises JobNotEnded and JobNotFound.
+        """
+        job_id = job.id if isinstance(job, Job) else find_job_to_delete(self._ledger, job, self.settings.tenant).id
+        if force:
+            with contextlib.suppress(JobNotFound):  # where an earlier deletion was interrupted
+                cancel_job(self._ledger, job_id)
+        num_results = delete_job(
+            self._ledger, job_id, None if on_progress is None else lambda _num_jobs, number: on_progress(number)
+        )
+        self._landings.publish({job_id: ()})
+        return num_results
 
     def announce(self, job: Job | str) -> None:
         """Tell the broker of the Job's Chunks that wait: for a broker that is new and cannot know of them."""

@@ -1,4 +1,4 @@
-"""migrate, submit, status and results over a real database and a real Redis."""
+"""The commands of a client, over a real database and a real Redis."""
 
 import json
 import os
@@ -9,12 +9,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from protocol.requests import Answer, Result
+from storage.answers import insert_answers
+from storage.clock import now
 from storage.jobs import cancel_job, close_job_if_done
 from storage.leases import claim_oldest
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
+from storage.tables import jobs
 from tests.cli.conftest import Invoke
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +118,7 @@ def test_submit_never_writes_over_its_input(here: Invoke, tmp_path: Path) -> Non
         assert (refused.exit_code, refused.stdout) == (1, "")
         assert refused.stderr == f"Error: the output {output} is the input itself: give it another name\n"
     assert (tmp_path / "prompts.jsonl").read_text() == PROMPTS
-    assert here("status").stdout == ""
+    assert here("jobs").stdout == ""
 
 
 def test_output_that_cannot_be_written_is_refused_before_there_is_a_job(here: Invoke, tmp_path: Path) -> None:
@@ -122,7 +126,7 @@ def test_output_that_cannot_be_written_is_refused_before_there_is_a_job(here: In
 
     assert (refused.exit_code, refused.stdout) == (1, "")
     assert refused.stderr.startswith("Error: cannot write the results to ")
-    assert here("status").stdout == ""
+    assert here("jobs").stdout == ""
 
 
 def test_input_that_is_not_there_makes_no_job(here: Invoke) -> None:
@@ -131,7 +135,7 @@ def test_input_that_is_not_there_makes_no_job(here: Invoke) -> None:
 
         assert refused.exit_code == 1
         assert refused.stderr == "Error: cannot read the input nothing.jsonl: No such file or directory\n"
-    assert here("status").stdout == ""
+    assert here("jobs").stdout == ""
 
 
 def test_submit_writes_results_to_stdout_and_all_else_to_stderr(
@@ -172,12 +176,12 @@ def test_job_without_any_answer_is_exit_code_1_for_those_who_wait(here: Invoke, 
         assert "Error: no line was answered, there is nothing but errors (1)" in result.stderr
 
 
-def test_status_takes_no_empty_name_and_no_negative_limit(here: Invoke) -> None:
+def test_no_empty_name_and_no_negative_limit(here: Invoke) -> None:
     nameless = here("status", "")
     assert (nameless.exit_code, nameless.stdout) == (1, "")
     assert nameless.stderr.startswith("Error: there is no Job ''")
 
-    negative = here("status", "--limit", "-1")
+    negative = here("jobs", "--limit", "-1")
     assert (negative.exit_code, negative.stdout) == (2, "")
     assert "-1 is not in the range x>=1" in negative.stderr
 
@@ -223,25 +227,25 @@ def test_status_of_a_job(here: Invoke, answer: Callable[[], None]) -> None:
 def test_status_as_json_has_the_counters_by_name(here: Invoke) -> None:
     job_id = here("submit", "prompts.jsonl").stdout.strip()
 
-    (listed,) = map(json.loads, here("status", "--json").stdout.splitlines())
+    (listed,) = map(json.loads, here("jobs", "--json").stdout.splitlines())
 
     assert (listed["id"], listed["state"], listed["num_requests_waiting"]) == (job_id, "running", 2)
     assert json.loads(here("status", job_id, "--json").stdout) == listed
 
 
-def test_status_lists_the_newest_jobs(here: Invoke) -> None:
+def test_jobs_lists_the_newest(here: Invoke) -> None:
     first = here("submit", "prompts.jsonl", "--job", "first").stdout.strip()
     second = here("submit", "prompts.jsonl", "--job", "second").stdout.strip()
 
-    lines = here("status").stdout.splitlines()
+    lines = here("jobs").stdout.splitlines()
 
     assert [line.split()[0] for line in lines] == [second, first]
     assert lines[0].endswith("1 result of 3 lines  second")
-    assert len(here("status", "--limit", "1").stdout.splitlines()) == 1
+    assert len(here("jobs", "--limit", "1").stdout.splitlines()) == 1
 
 
 def test_unknown_job_is_one_line_on_stderr(here: Invoke) -> None:
-    for command in ("status", "results"):
+    for command in ("status", "results", "cancel", "delete"):
         result = here(command, "nothing")
         assert (result.exit_code, result.stdout) == (1, "")
         assert result.stderr.startswith("Error: there is no Job 'nothing'")
@@ -274,6 +278,75 @@ def test_results_of_a_cancelled_job_end(here: Invoke, database_url: str) -> None
     assert "the Job was cancelled" in here("submit", "prompts.jsonl", "-o", "out.jsonl").stderr
 
 
+def test_cancel_stops_jobs_and_says_what_stays(here: Invoke) -> None:
+    first = here("submit", "prompts.jsonl", "--job", "first").stdout.strip()
+    second = here("submit", "prompts.jsonl", "--job", "second").stdout.strip()
+
+    result = here("cancel", first[:8], "second")
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "".join(f"cancelled the Job {job_id}, keeping 1 result\n" for job_id in (first, second))
+    again = here("cancel", "first")
+    assert (again.exit_code, again.stdout) == (0, f"the Job {first} has ended already: it is cancelled\n")
+    assert json.loads(here("cancel", "first", "--json").stdout) == {
+        "id": first,
+        "is_cancelled": False,
+        "state": "cancelled",
+        "num_results": 1,
+    }
+
+
+def test_delete_refuses_what_runs_unless_forced(here: Invoke, answer: Callable[[], None]) -> None:
+    job_id = here("submit", "prompts.jsonl", "--job", "first").stdout.strip()
+    here("submit", "prompts.jsonl", "--job", "second")
+    answer()
+
+    refused = here("delete", "second")
+    assert refused.exit_code == 1
+    assert refused.stderr.endswith("is running: cancel it first, or wait for its end\n")
+    done = here("delete", job_id)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, f"deleted the Job {job_id} with 3 results\n", "")
+    assert json.loads(here("delete", "second", "--force", "--json").stdout) == {"job": "second", "num_results": 1}
+    assert here("jobs").stdout == ""
+    assert here("delete", "second").exit_code == 1
+
+
+def test_prune_deletes_what_is_old(here: Invoke, answer: Callable[[], None], database_url: str) -> None:
+    here("submit", "prompts.jsonl", "--job", "old")
+    answer()
+    here("submit", "prompts.jsonl", "--job", "young")
+    ledger = Ledger(database_url)
+    longer_ago = update(jobs).where(jobs.c.identity == "old").values(ended_at=now() - 31 * 86_400)
+    ledger.write(lambda connection: connection.execute(longer_ago))
+    known = Answer(text="yes", finish_reason="stop", prompt_tokens=1, completion_tokens=3)
+    ledger.write(lambda connection: insert_answers(connection, {bytes(32): known}))
+
+    assert here("prune", "--older-than", "32d").stdout == "deleted 0 Jobs with 0 results\n"
+    both = ["prune", "--older-than", "30d", "--answers-older-than", "0d"]
+    assert here(*both, "--dry-run").stdout == "would delete 1 Job with 3 results\nwould delete 1 answer of 35 B\n"
+    expected = {"num_jobs": 1, "num_results": 3, "num_answers": 1, "answer_bytes": 35}
+    assert json.loads(here(*both, "--dry-run", "--json").stdout) == {"is_dry_run": True, **expected}
+    done = here(*both)
+    ledger.close()
+
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = ["deleted 1 Job with 3 results", "deleted 1 answer of 35 B"]
+    if database_url.startswith("sqlite"):
+        lines.append("the database's file keeps its size: what became free in it is used again")
+    assert done.stdout.splitlines() == lines
+    assert [line.split()[-1] for line in here("jobs").stdout.splitlines()] == ["young"]
+
+
+def test_prune_wants_to_be_told_what_may_go(here: Invoke) -> None:
+    nothing = here("prune")
+    assert (nothing.exit_code, nothing.stdout) == (2, "")
+    assert "say what may go: --older-than AGE for Jobs" in nothing.stderr
+    for length in ("30", "d", "-1d", "1y", ""):
+        unreadable = here("prune", "--older-than", length)
+        assert unreadable.exit_code == 2
+        assert "is no length of time: give a number with its unit, as in 30d" in unreadable.stderr
+
+
 def test_broker_that_is_away_is_a_warning(here: Invoke) -> None:
     result = here("submit", "prompts.jsonl", broker_url="redis://127.0.0.1:1/0")
 
@@ -283,7 +356,15 @@ def test_broker_that_is_away_is_a_warning(here: Invoke) -> None:
 
 def test_commands_that_need_tables_say_how_to_make_them(millrace: Invoke, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(PROMPTS)
-    for arguments in (["status"], ["results", "x"], ["submit", "prompts.jsonl"]):
+    needing = [
+        ["jobs"],
+        ["status", "x"],
+        ["results", "x"],
+        ["cancel", "x"],
+        ["delete", "x"],
+        ["submit", "prompts.jsonl"],
+    ]
+    for arguments in [*needing, ["prune", "--older-than", "1d"]]:
         result = millrace(*arguments)
         assert result.exit_code == 1
         assert result.stderr == "Error: there is no database at millrace.db: create it with `millrace migrate`\n"

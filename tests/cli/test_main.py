@@ -21,8 +21,12 @@ def test_help_lists_every_command_with_what_it_does(millrace: Invoke) -> None:
         "  migrate  Create or update the database tables.\n"
         "  worker   Work on what is in the queue.\n"
         "  submit   Put a file of prompts into the queue.\n"
-        "  status   Say how far Jobs are.\n"
+        "  jobs     List the newest Jobs.\n"
+        "  status   Say how far a Job is.\n"
         "  results  Write a Job's Results as JSONL.\n"
+        "  cancel   Stop Jobs; what has a Result keeps it.\n"
+        "  delete   Delete Jobs with their Results.\n"
+        "  prune    Delete old Jobs, and answers nobody uses.\n"
         "  doctor   Check servers, device, model and disks.\n"
     )
 
@@ -57,7 +61,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_our_errors_are_one_line_on_stderr_and_exit_code_1(millrace: Invoke) -> None:
-    result = millrace("status", bogus="1")
+    result = millrace("jobs", bogus="1")
 
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("Error: the variable MILLRACE_BOGUS sets bogus, which is not a setting.")

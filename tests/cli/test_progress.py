@@ -38,7 +38,7 @@ def show(clock: Clock, *statuses: tuple[float, JobStatus]) -> None:
     with Progress(clock) as progress:
         for seconds, each in statuses:
             clock.now = 100 + seconds
-            progress.show(each)
+            progress.show_status(each)
 
 
 def test_lines_are_printed_every_few_seconds_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +78,7 @@ def test_no_result_yet_is_not_taken_for_a_model_that_is_being_loaded(
     clock = Clock()
     with Progress(clock) as progress:
         clock.now += 5
-        progress.show(replace(status(0, 0), num_requests_leased=num_leased), is_loading=is_loading)
+        progress.show_status(replace(status(0, 0), num_requests_leased=num_leased), is_loading=is_loading)
 
     assert capsys.readouterr().err == f"2/1,000 results, {text}, 10 known, 2 errors\n"
 

@@ -1,0 +1,34 @@
+"""`millrace delete`."""
+
+import click
+
+
+@click.command("delete", short_help="Delete Jobs with their Results.")
+@click.argument("jobs", metavar="JOB...", nargs=-1, required=True)
+@click.option("--force", is_flag=True, help="Cancel a Job that has not ended, instead of refusing it.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each Job.")
+def command(jobs: tuple[str, ...], force: bool, as_json: bool) -> None:
+    """Delete Jobs, by their ids or names, with all their Requests and Results. It cannot be undone.
+
+    Stopped half-way, the same command goes on. The answers that a Job brought stay known to later Jobs until
+    `millrace prune --answers-older-than` deletes them.
+
+    \b
+    Example:
+      millrace delete 3f9a
+    """
+    import msgspec
+
+    from cli.live_line import LiveLine
+    from producer.client import Client
+
+    with Client() as client, LiveLine() as line:
+        for job in jobs:
+            num_results = client.delete(
+                job, force=force, on_progress=lambda number: line.show(lambda: f"{number:,} results deleted")
+            )
+            line.clear()
+            if as_json:
+                click.echo(msgspec.json.encode({"job": job, "num_results": num_results}))
+            else:
+                click.echo(f"deleted the Job {job} with {num_results:,} result{'s' * (num_results != 1)}")

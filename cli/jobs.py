@@ -1,0 +1,34 @@
+"""`millrace jobs`."""
+
+import time
+
+import click
+
+from cli.shown_job import as_json_object, shown_name
+
+
+@click.command("jobs", short_help="List the newest Jobs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each Job.")
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="Jobs to list.")
+def command(as_json: bool, limit: int) -> None:
+    """List the newest Jobs, newest first, and how far they are.
+
+    \b
+    Example:
+      millrace jobs --limit 5
+    """
+    import msgspec
+
+    from producer.client import Client
+
+    with Client() as client:
+        statuses = [client.status(each) for each in client.jobs(limit)]
+    for status in statuses:
+        if as_json:
+            click.echo(msgspec.json.encode(as_json_object(status)))
+            continue
+        num_results = status.num_ok + status.num_error
+        results = f"{num_results:,} result{'s' * (num_results != 1)} of {status.num_lines:,} lines"
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.job.created_at))
+        name = shown_name(status.job)
+        click.echo(f"{status.job.id}  {created}  {status.job.state:<10}  {results}{'  ' if name else ''}{name}")
