@@ -4,10 +4,11 @@ Needs neither torch nor a running worker; while the broker is away it goes on, s
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from types import TracebackType
 from typing import get_args
 
+from producer.chunk_cutter import cut_chunks
 from producer.doorbell import Doorbell
 from producer.identity import job_identity
 from producer.job_results import FinishedOrder, InputOrder, Order
@@ -16,7 +17,7 @@ from producer.pauses import Pauses
 from producer.source import Input, Source
 from producer.wakeups import Wakeups
 from protocol.errors import ConfigurationError, DamagedInput, JobNotFound, SubmissionConflict
-from protocol.requests import Request, Result
+from protocol.requests import Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
 from storage.deletion import delete_job, find_job_to_delete
@@ -326,7 +327,8 @@ class Client:
         position = intake_position(self._ledger, job.id)
         with content.lines() as lines:
             reader = LineReader(lines, model_names, skip=position)
-            for requests, failures in self._cut(reader):
+            limits = (self.settings.chunk_requests, self.settings.chunk_bytes)
+            for requests, failures in cut_chunks(reader, position, *limits):
                 last_line = max(items[-1].line for items in (requests, failures) if items)
                 chunk_id = append_chunk(
                     self._ledger,
@@ -349,41 +351,5 @@ class Client:
         seal_job(self._ledger, job.id, reader.num_lines)
         self._landings.publish({job.id: ()})
 
-    def _cut(self, items: Iterable[Request | Result]) -> Iterator[tuple[list[Request], list[Result]]]:
-        """The items in runs of what one Chunk may hold."""
-        requests: list[Request] = []
-        failures: list[Result] = []
-        num_bytes = 0
-        damage: DamagedInput | None = None
-        try:
-            for item in items:
-                item_bytes = _text_bytes(item) if isinstance(item, Request) else 0
-                is_full = len(requests) + len(failures) >= self.settings.chunk_requests
-                if is_full or (requests and num_bytes + item_bytes > self.settings.chunk_bytes):
-                    yield requests, failures
-                    requests, failures, num_bytes = [], [], 0
-                if isinstance(item, Request):
-                    requests.append(item)
-                    num_bytes += item_bytes
-                else:
-                    failures.append(item)
-        except DamagedInput as error:
-            damage = error
-        if requests or failures:
-            yield requests, failures
-        if damage is not None:
-            raise damage
-
     def _id(self, job: Job | str) -> str:
         return job.id if isinstance(job, Job) else self.find(job).id
-
-
-def _text_bytes(request: Request) -> int:
-    texts = [
-        request.prompt,
-        request.context,
-        request.continuation,
-        *(message.content for message in request.messages or ()),
-    ]
-    texts += [text for text in request.inputs or () if isinstance(text, str)]
-    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts if text)

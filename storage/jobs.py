@@ -7,7 +7,20 @@ from functools import partial
 from typing import Any, Literal
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Row, Select, case, delete, exists, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    select,
+    update,
+)
 
 from protocol.errors import JobNotFound, SubmissionConflict
 from protocol.requests import Request, Result, pack_requests
@@ -32,6 +45,14 @@ _REOPENED = 100
 _NEW_JOB = ("id", "tenant", "identity", "model", "params", "state")
 
 _decode_params = msgspec.json.Decoder(SamplingParams).decode
+
+_is_done = (
+    (jobs.c.id == bindparam("job"))
+    & (jobs.c.state == "running")
+    & ~exists().where(chunks.c.job_id == bindparam("job"), is_unfinished)
+)
+_DONE = select(jobs.c.id).where(_is_done)
+_CLOSE = update(jobs).where(_is_done).values(state="finished", ended_at=now())
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -229,16 +250,16 @@ def close_job_if_done(ledger: Ledger, job_id: str) -> bool:
     For after the last Chunk's commit, never within it: of two workers that commit the last two Chunks at the same
     time neither would see the other's on PostgreSQL, and the Job would stay open. Raises DatabaseUnavailable.
     """
-    is_open = exists().where(chunks.c.job_id == job_id, is_unfinished)
-    is_done = (jobs.c.id == job_id) & (jobs.c.state == "running") & ~is_open
-    # Looked at again under the lock: somebody may just have reopened a Chunk.
-    locked = select(jobs.c.id).where(is_done).with_for_update(key_share=True)
-    closed = update(jobs).where(is_done).values(state="finished", ended_at=now())
+    this = {"job": job_id}
 
     def work(connection: Connection) -> bool:
-        return connection.execute(locked).first() is not None and connection.execute(closed).rowcount == 1
+        # Looked at again under the lock: somebody may just have reopened a Chunk.
+        is_done = connection.execute(_DONE.with_for_update(key_share=True), this).first() is not None
+        return is_done and connection.execute(_CLOSE, this).rowcount == 1
 
-    return ledger.write(work)
+    # Nearly always there is something left, and to find that out nobody has to wait for his turn to write.
+    is_done = ledger.read(lambda connection: connection.execute(_DONE, this).first()) is not None
+    return is_done and ledger.write(work)
 
 
 def reopen_errors(ledger: Ledger, job_id: str, codes: Collection[str]) -> int:

@@ -134,12 +134,14 @@ class Committer:
         self._cache.put_many(answers)
         self._on_committed(answers)
         self._announce(commits, lost)
+        finished = [chunk for chunk in by_chunk if chunk.num_owed == 0 and chunk.lease.chunk_id not in lost]
+        for job_id in {chunk.lease.job_id for chunk in finished}:
+            self._retry(partial(close_job_if_done, self._ledger, job_id))
+        for chunk in finished:
+            self._on_finished(chunk)
         for chunk in by_chunk:
             if chunk.lease.chunk_id in lost:
                 self._on_lost(chunk)
-            elif chunk.num_owed == 0:
-                self._retry(partial(close_job_if_done, self._ledger, chunk.lease.job_id))
-                self._on_finished(chunk)
 
     def _announce(self, commits: list[ChunkCommit], lost: set[int]) -> None:
         landed: dict[str, list[int]] = {}

@@ -1,6 +1,7 @@
 """Sampling parameters of a line: OpenAI's and vLLM's spellings as SamplingParams."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -12,10 +13,30 @@ from protocol.sampling import MAX_LOGPROBS, SamplingParams
 
 PARAMETERS = frozenset(SamplingParams.__struct_fields__)
 
+_UNSET = SamplingParams()
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder().decode
+
 
 def read_params(fields: Mapping[str, Any]) -> SamplingParams:
     """From the fields that are parameters; the others are passed over. Raises InvalidRequest."""
-    given = {name: fields[name] for name in PARAMETERS if fields.get(name) is not None}
+    given = {name: value for name, value in fields.items() if value is not None and name in PARAMETERS}
+    if not given:
+        return _UNSET
+    try:
+        key = _encode(given)
+    except OverflowError:  # a number beyond 64 bits
+        return _read(given)
+    return _read_known(key)
+
+
+@lru_cache(maxsize=1024)
+def _read_known(key: bytes) -> SamplingParams:
+    """Most lines of an input say the same."""
+    return _read(_decode(key))
+
+
+def _read(given: dict[str, Any]) -> SamplingParams:
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
     try:
