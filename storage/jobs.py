@@ -25,11 +25,13 @@ from sqlalchemy import (
 from protocol.errors import JobNotFound, SubmissionConflict
 from protocol.requests import Request, Result, pack_requests
 from protocol.sampling import SamplingParams
+from storage import digest
 from storage.clock import now
+from storage.completeness import NO_PROOF, close_proof
 from storage.insertion import insert_new
 from storage.leases import lock_chunks
 from storage.ledger import Ledger
-from storage.results import COUNTERS, count, insert_results, to_rows
+from storage.results import COUNTERS, RESULT_COLUMNS, count, insert_results, to_result, to_rows
 from storage.tables import chunk_requests, chunks, is_leased, is_there, is_unfinished, is_waiting, jobs, results
 
 JobState = Literal["submitting", "running", "finished", "cancelled", "deleting"]
@@ -173,6 +175,7 @@ def append_chunk(
     rows = to_rows(job_id, 0, failures)
     chunk = {"job_id": job_id, "first_line": first_line, "last_line": last_line, "num_requests": len(requests)}
     chunk |= {"state": "waiting" if requests else "finished", "attempt": 0, **count(failures)}
+    chunk["digest"] = digest.added(digest.EMPTY, failures)
     is_retry = False
 
     def work(connection: Connection) -> int | None:
@@ -254,8 +257,9 @@ def close_job_if_done(ledger: Ledger, job_id: str) -> bool:
 
     def work(connection: Connection) -> bool:
         # Looked at again under the lock: somebody may just have reopened a Chunk.
-        is_done = connection.execute(_DONE.with_for_update(key_share=True), this).first() is not None
-        return is_done and connection.execute(_CLOSE, this).rowcount == 1
+        if connection.execute(_DONE.with_for_update(key_share=True), this).first() is None:
+            return False
+        return connection.execute(_CLOSE.values(close_proof(connection, job_id)), this).rowcount == 1
 
     # Nearly always there is something left, and to find that out nobody has to wait for his turn to write.
     is_done = ledger.read(lambda connection: connection.execute(_DONE, this).first()) is not None
@@ -305,8 +309,10 @@ def _reopen(ledger: Ledger, job_id: str, page: Sequence[Row[Any]], codes: Collec
     # The Job first, then its Chunks, as when it is cancelled. Attempt 0 is the intake's.
     locked = select(jobs.c.state).where(jobs.c.id == job_id).with_for_update(key_share=True)
     spans = {row.id: results.c.line.between(row.first_line, row.last_line) for row in page}
-    taken_back = delete(results).where(
-        results.c.job_id == job_id, results.c.error_code.in_(codes), results.c.attempt > 0
+    taken_back = (
+        delete(results)
+        .where(results.c.job_id == job_id, results.c.error_code.in_(codes), results.c.attempt > 0)
+        .returning(*RESULT_COLUMNS)
     )
     waiting = {"state": "waiting", "owner": None, "leased_until": None}
     reopened = update(jobs).where(jobs.c.id == job_id, jobs.c.state == "finished")
@@ -320,13 +326,13 @@ def _reopen(ledger: Ledger, job_id: str, page: Sequence[Row[Any]], codes: Collec
         for chunk_id, held in lock_chunks(connection, spans).items():
             if held.state == "leased":
                 continue
-            num_rows = connection.execute(taken_back.where(spans[chunk_id])).rowcount
-            if num_rows:
-                changed = update(chunks).where(chunks.c.id == chunk_id)
-                connection.execute(changed.values(num_error=chunks.c.num_error - num_rows, **waiting))
-            total += num_rows
+            gone = [to_result(*row) for row in connection.execute(taken_back.where(spans[chunk_id]))]
+            if gone:
+                left = {"num_error": chunks.c.num_error - len(gone), "digest": digest.subtracted(held.digest, gone)}
+                connection.execute(update(chunks).where(chunks.c.id == chunk_id).values(**left, **waiting))
+            total += len(gone)
         if total:
-            connection.execute(reopened.values(state="running", ended_at=None))
+            connection.execute(reopened.values(state="running", ended_at=None, **NO_PROOF))
         # An earlier try may have landed without our hearing of it: then nothing is left for this one.
         most = max(most, total)
         return most
@@ -350,7 +356,7 @@ def _job_by_id(connection: Connection, job_id: str) -> Job:
 
 
 def _job(row: Any) -> Job:
-    fields = dict(row._mapping)
+    fields = {name: getattr(row, name) for name in Job.__struct_fields__}
     return Job(**(fields | {"params": _decode_params(row.params)}))
 
 

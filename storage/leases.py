@@ -60,6 +60,7 @@ class Held(msgspec.Struct, frozen=True):
     attempt: int
     owner: str | None
     state: str
+    digest: bytes
 
 
 def claim(ledger: Ledger, chunk_id: int, owner: str, lease_s: float) -> Lease | None:
@@ -86,7 +87,7 @@ def claim_oldest(
     expired = expired.order_by(chunks.c.leased_until).limit(1).with_for_update(skip_locked=True)
     # The age is looked at outside of the LIMIT: inside, a burst of young Chunks would be walked from end to end.
     head = select(chunks.c.id, chunks.c.created_at).where(chunks.c.model == model, is_waiting)
-    oldest = head.order_by(chunks.c.id).limit(1).with_for_update(skip_locked=True).subquery()
+    oldest = head.order_by(chunks.c.created_at, chunks.c.id).limit(1).with_for_update(skip_locked=True).subquery()
     waiting = select(oldest.c.id).where(oldest.c.created_at <= now_once() - min_age_s)
 
     def work(connection: Connection) -> Lease | None:
@@ -151,17 +152,17 @@ def release_all(ledger: Ledger) -> int:
 def lock_chunks(connection: Connection, ids: Iterable[int]) -> dict[int, Held]:
     """Lock these Chunks' rows until the transaction ends, in one order for everybody so that nobody deadlocks."""
     found = {}
-    columns = select(chunks.c.id, chunks.c.attempt, chunks.c.owner, chunks.c.state)
+    columns = select(chunks.c.id, chunks.c.attempt, chunks.c.owner, chunks.c.state, chunks.c.digest)
     for batch in _batches(sorted(set(ids))):
         statement = columns.where(chunks.c.id.in_(batch)).order_by(chunks.c.id).with_for_update(key_share=True)
         for row in connection.execute(statement):
-            found[row.id] = Held(attempt=row.attempt, owner=row.owner, state=row.state)
+            found[row.id] = Held(attempt=row.attempt, owner=row.owner, state=row.state, digest=row.digest)
     return found
 
 
 def _still_held(connection: Connection, owner: str, held: Mapping[int, int]) -> set[int]:
     found = lock_chunks(connection, held)
-    return {i for i, at in found.items() if at == Held(attempt=held[i], owner=owner, state="leased")}
+    return {i for i, at in found.items() if (at.attempt, at.owner, at.state) == (held[i], owner, "leased")}
 
 
 def _release_where(ledger: Ledger, condition: ColumnElement[bool] | None) -> int:

@@ -1,7 +1,7 @@
 """Results: exactly one row for each sample of each Request, written under its Chunk's lease and counted with it."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from operator import attrgetter
@@ -12,9 +12,10 @@ from sqlalchemy import Connection, bindparam, select, tuple_, update
 
 from protocol.requests import Answer, Endpoint, Failure, Result
 from protocol.sampling import ResolvedParams
+from storage import digest
 from storage.answers import ANSWER_COLUMNS, insert_answers, to_answer
 from storage.insertion import insert_new
-from storage.leases import Lease, lock_chunks
+from storage.leases import Held, Lease, lock_chunks
 from storage.ledger import Ledger
 from storage.tables import chunks, results
 
@@ -24,7 +25,8 @@ COUNTERS = ("num_ok", "num_error", "num_cached", "prompt_tokens", "completion_to
 Row = tuple[Any, ...]
 
 _NAMES = tuple(results.c.keys())
-_READ = [
+#: What `to_result` takes, in this order.
+RESULT_COLUMNS = [
     *(results.c.line, results.c.sample, results.c.custom_id, results.c.carried, results.c.endpoint),
     *(results.c.error_code, results.c.error_message, results.c.params, results.c.is_cached, results.c.seconds),
     *(results.c[name] for name in ANSWER_COLUMNS),
@@ -64,12 +66,12 @@ def read_results(
     limit: int = 1000,
 ) -> list[Result]:
     """The next Results after (line, sample), in that order. Raises DatabaseUnavailable."""
-    statement = select(*_READ).where(results.c.job_id == job_id)
+    statement = select(*RESULT_COLUMNS).where(results.c.job_id == job_id)
     statement = statement.where(tuple_(results.c.line, results.c.sample) > tuple_(*after))
     if up_to_line is not None:
         statement = statement.where(results.c.line <= up_to_line)
     statement = statement.order_by(results.c.line, results.c.sample).limit(limit)
-    return ledger.read(lambda connection: [_from_row(*row) for row in connection.execute(statement)])
+    return ledger.read(lambda connection: [to_result(*row) for row in connection.execute(statement)])
 
 
 def insert_results(connection: Connection, rows: list[Row]) -> list[Row]:
@@ -136,7 +138,7 @@ def to_rows(job_id: str, attempt: int, stored: Iterable[Result]) -> list[Row]:
     return rows
 
 
-def _from_row(
+def to_result(
     line: int,
     sample: int,
     custom_id: str | None,
@@ -149,6 +151,7 @@ def _from_row(
     seconds: float,
     *answer: Any,
 ) -> Result:
+    """Of the values of RESULT_COLUMNS."""
     return Result(
         line=line,
         sample=sample,
@@ -167,13 +170,15 @@ def _from_row(
 _COUNT = (
     update(chunks)
     .where(chunks.c.id == bindparam("chunk"))
-    .values({name: chunks.c[name] + bindparam(f"new_{name}") for name in COUNTERS})
+    .values(digest=bindparam("new_digest"), **{name: chunks.c[name] + bindparam(f"new_{name}") for name in COUNTERS})
 )
 _FINISH = update(chunks).where(chunks.c.id == bindparam("chunk")).values(state="finished")
 
 
 def _commit(connection: Connection, commits: Sequence[ChunkCommit]) -> set[int]:
-    writable, lost = _fence(connection, commits)
+    held = lock_chunks(connection, (each.lease.chunk_id for each in commits))
+    digests = {chunk_id: at.digest for chunk_id, at in held.items()}
+    writable, lost = _fence(held, commits)
     rows = [to_rows(each.lease.job_id, each.lease.attempt, each.results) for each in writable]
     flat = list(chain.from_iterable(rows))
     new = insert_results(connection, flat)
@@ -187,7 +192,9 @@ def _commit(connection: Connection, commits: Sequence[ChunkCommit]) -> set[int]:
             stored = [result for key, result in firsts.items() if key in uncounted]
             uncounted -= firsts.keys()
         if stored:
-            added.append({"chunk": each.lease.chunk_id, **_added(stored)})
+            chunk_id = each.lease.chunk_id
+            digests[chunk_id] = digest.added(digests[chunk_id], stored)
+            added.append({"chunk": chunk_id, "new_digest": digests[chunk_id], **_added(stored)})
     if added:
         connection.execute(_COUNT, added)
     finished = [{"chunk": each.lease.chunk_id} for each in writable if each.is_finished]
@@ -201,9 +208,8 @@ def _added(stored: list[Result]) -> dict[str, int]:
     return {f"new_{name}": value for name, value in count(stored).items()}
 
 
-def _fence(connection: Connection, commits: Sequence[ChunkCommit]) -> tuple[list[ChunkCommit], set[int]]:
-    """Lock the Chunks; which commits may be written, and the ids of lost Chunks."""
-    found = lock_chunks(connection, (each.lease.chunk_id for each in commits))
+def _fence(found: Mapping[int, Held], commits: Sequence[ChunkCommit]) -> tuple[list[ChunkCommit], set[int]]:
+    """Of locked Chunks: which commits may be written, and the ids of lost Chunks."""
     writable, lost = [], set()
     for each in commits:
         lease, at = each.lease, found.get(each.lease.chunk_id)

@@ -88,6 +88,11 @@ jobs = Table(
     Column("num_lines", BigInteger),  # lines of the input, NULL until the Job is sealed
     Column("created_at", Double, nullable=False),
     Column("ended_at", Double),  # when it became finished or cancelled
+    # What it was closed with, see storage.completeness; NULL unless it is finished.
+    Column("num_results", BigInteger),
+    Column("num_errors", BigInteger),  # of num_results
+    Column("num_cached", BigInteger),  # of num_results
+    Column("digest", String(64)),  # of all Results, hex
     CheckConstraint("state IN ('submitting', 'running', 'finished', 'cancelled', 'deleting')", name="state"),
     Index("ix_jobs_tenant_created_at", "tenant", "created_at"),
 )
@@ -127,6 +132,7 @@ chunks = Table(
     Column("prompt_tokens", BigInteger, nullable=False),
     Column("completion_tokens", BigInteger, nullable=False),
     Column("computed_tokens", BigInteger, nullable=False),  # of completion_tokens, those that were not cached
+    Column("digest", LargeBinary(32), nullable=False),  # of the Results, see storage.digest
     UniqueConstraint("job_id", "first_line"),
     CheckConstraint("state IN ('waiting', 'leased', 'finished', 'cancelled')", name="state"),
     # An id that is still in a queue message must never come to mean another Chunk.
@@ -137,7 +143,15 @@ is_waiting = chunks.c.state == literal_column("'waiting'")
 is_leased = chunks.c.state == literal_column("'leased'")
 is_unfinished = chunks.c.state.in_([literal_column("'waiting'"), literal_column("'leased'")])
 
-Index("ix_chunks_waiting", chunks.c.model, chunks.c.id, sqlite_where=is_waiting, postgresql_where=is_waiting)
+# Not by the id alone, in whose order PostgreSQL would rather walk the primary key past all that is finished.
+Index(
+    "ix_chunks_waiting",
+    chunks.c.model,
+    chunks.c.created_at,
+    chunks.c.id,
+    sqlite_where=is_waiting,
+    postgresql_where=is_waiting,
+)
 Index("ix_chunks_leased", chunks.c.model, chunks.c.leased_until, sqlite_where=is_leased, postgresql_where=is_leased)
 Index("ix_chunks_unfinished", chunks.c.job_id, chunks.c.id, sqlite_where=is_unfinished, postgresql_where=is_unfinished)
 

@@ -9,6 +9,7 @@ from sqlalchemy import insert, select, update
 from protocol.requests import Answer, Failure, Request, Result
 from protocol.sampling import SamplingParams, resolve
 from storage.clock import now
+from storage.digest import EMPTY
 from storage.jobs import Job, append_chunk, open_job
 from storage.leases import Lease, claim
 from storage.ledger import Ledger
@@ -68,7 +69,7 @@ def add_many_chunks(ledger: Ledger, job: Job, num_chunks: int, *, state: str = "
     """Chunk rows alone, for plans and counts; they cannot be claimed, as they have no Requests."""
     line = 1 + ledger.read(lambda connection: len(connection.execute(select(chunks.c.id)).all()))
     shared = {"job_id": job.id, "tenant": job.tenant, "model": job.model, "num_requests": 1, "attempt": 0}
-    shared |= {"state": state, **dict.fromkeys(COUNTERS, 0)}
+    shared |= {"state": state, **dict.fromkeys(COUNTERS, 0), "digest": EMPTY}
     rows = [{**shared, "first_line": n, "last_line": n} for n in range(line, line + num_chunks)]
     statement = insert(chunks).values(created_at=now() - age_s, leased_until=now() + 1000)
     ledger.write(lambda connection: connection.execute(statement, rows))

@@ -41,6 +41,10 @@ def _create_jobs() -> None:
         sa.Column("num_lines", sa.BigInteger),
         sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("ended_at", sa.Double),
+        sa.Column("num_results", sa.BigInteger),
+        sa.Column("num_errors", sa.BigInteger),
+        sa.Column("num_cached", sa.BigInteger),
+        sa.Column("digest", sa.String(64)),
         sa.PrimaryKeyConstraint("id", name="pk_jobs"),
         sa.CheckConstraint(
             "state IN ('submitting', 'running', 'finished', 'cancelled', 'deleting')", name=op.f("ck_jobs_state")
@@ -79,13 +83,14 @@ def _create_chunks() -> None:
         sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
         sa.Column("completion_tokens", sa.BigInteger, nullable=False),
         sa.Column("computed_tokens", sa.BigInteger, nullable=False),
+        sa.Column("digest", sa.LargeBinary(32), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_chunks"),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_chunks_job_id"),
         sa.UniqueConstraint("job_id", "first_line", name="uq_chunks_job_id_first_line"),
         sa.CheckConstraint("state IN ('waiting', 'leased', 'finished', 'cancelled')", name=op.f("ck_chunks_state")),
         sqlite_autoincrement=True,
     )
-    _create_partial_index("ix_chunks_waiting", ["model", "id"], "state = 'waiting'")
+    _create_partial_index("ix_chunks_waiting", ["model", "created_at", "id"], "state = 'waiting'")
     _create_partial_index("ix_chunks_leased", ["model", "leased_until"], "state = 'leased'")
     _create_partial_index("ix_chunks_unfinished", ["job_id", "id"], "state IN ('waiting', 'leased')")
     op.create_table(
