@@ -8,7 +8,11 @@ import click
 from protocol.errors import MillraceError
 
 #: Each is a module of this package with a `command`; in the order of the help page.
-COMMANDS = ("run", "migrate", "worker", "submit", "jobs", "status", "results", "cancel", "delete", "prune", "doctor")
+COMMANDS = (
+    *("run", "migrate", "worker"),
+    *("submit", "jobs", "status", "results", "verify", "cancel", "delete", "prune"),
+    "doctor",
+)
 #: What a shell reports for a program that Ctrl-C ended.
 INTERRUPTED = 130
 

@@ -20,6 +20,7 @@ from protocol.errors import ConfigurationError, DamagedInput, JobNotFound, Submi
 from protocol.requests import Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
+from storage.completeness import Verification, verify
 from storage.deletion import delete_job, find_job_to_delete
 from storage.jobs import (
     Job,
@@ -250,6 +251,10 @@ class Client:
         )
         self._landings.publish({job_id: ()})
         return num_results
+
+    def verify(self, job: Job | str) -> Verification:
+        """Read all the Job's Results again, and compare them with what it was closed with. Raises JobNotFound."""
+        return verify(self._ledger, self._id(job))
 
     def announce(self, job: Job | str) -> None:
         """Tell the broker of the Job's Chunks that wait: for a broker that is new and cannot know of them."""

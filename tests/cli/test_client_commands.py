@@ -368,3 +368,31 @@ def test_commands_that_need_tables_say_how_to_make_them(millrace: Invoke, tmp_pa
         result = millrace(*arguments)
         assert result.exit_code == 1
         assert result.stderr == "Error: there is no database at millrace.db: create it with `millrace migrate`\n"
+
+
+def test_verify_proves_a_finished_job_and_its_file_and_names_what_is_wrong_with_another(
+    here: Invoke, answer: Callable[[], None], tmp_path: Path
+) -> None:
+    job = here("submit", "prompts.jsonl").stdout.strip()
+    early = here("verify", job)
+    assert (early.exit_code, "only a finished one can be verified" in early.stderr) == (1, True)
+    answer()
+    here("results", job, "-o", "results.jsonl")
+
+    proven = here("verify", job, "results.jsonl")
+
+    assert (proven.exit_code, proven.stderr) == (0, "")
+    lines = proven.stdout.splitlines()
+    assert lines[:2] == ["lines    3", "results  3, of them 1 errors and 0 known already"]
+    assert lines[3:] == ["complete: as the job was closed", "results.jsonl: all 3 results, each once and unaltered"]
+
+    first, second, third = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text(second.replace("invalid_json", "other") + first + first)
+    wrong = here("verify", job, "other.jsonl", "--json")
+    assert wrong.exit_code == 1
+    report = json.loads(wrong.stdout)
+    assert report["holds"] is False
+    assert report["stated"] == report["found"]
+    wanted = {"num_rows": 3, "num_missing": 1, "num_altered": 1, "num_surplus": 1, "lines": [1, 2, 3]}
+    assert report["file"] == wanted
+    assert third

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 
 from protocol.requests import Request, Result
+from storage.digest import EMPTY, added
 from storage.jobs import append_chunk, cancel_job, reopen_errors
 from storage.leases import Lease, claim, claim_oldest, release, renew, still_leased
 from storage.ledger import Ledger
@@ -202,6 +203,7 @@ class _LeaseMachine(RuleBasedStateMachine):
             assert (row.state, row.attempt) == (chunk.state, chunk.attempt)
             counters = count(chunk.rows.values())
             assert {name: getattr(row, name) for name in counters} == counters
+            assert row.digest == added(EMPTY, chunk.rows.values())
 
 
 def test_leases_and_commits_keep_their_promises_in_any_order(ledger: Ledger) -> None:

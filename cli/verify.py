@@ -1,0 +1,82 @@
+"""`millrace verify`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from producer.file_check import FileCheck
+    from storage.completeness import Verification
+
+
+@click.command("verify", short_help="Prove that a finished Job is complete.")
+@click.argument("job")
+@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def command(job: str, file: Path | None, as_json: bool) -> None:
+    """Read all Results of a finished Job again and compare them with the counts and the digest it was closed with.
+
+    With FILE, a JSONL file of `millrace results`, also that it holds every Result, once and unaltered. The exit code is
+    1 when anything is missing or differs.
+
+    \b
+    Example:
+      millrace verify 3f9a results.jsonl
+    """
+    import msgspec
+
+    from producer.client import Client
+    from producer.file_check import check_file
+    from protocol.errors import ConfigurationError
+
+    with Client() as client:
+        found = client.find(job)
+        if found.state != "finished":
+            raise ConfigurationError(f"the Job {found.id} is {found.state}: only a finished one can be verified")
+        verification = client.verify(found)
+        checked = None if file is None else check_file(file, client.results(found, wait=False))
+    holds = verification.holds and (checked is None or checked.holds)
+    if as_json:
+        report: dict[str, Any] = {"job": found.id, "holds": holds, **msgspec.to_builtins(verification)}
+        if checked is not None:
+            report["file"] = msgspec.to_builtins(checked)
+        click.echo(msgspec.json.encode(report))
+    else:
+        for line in [*_ledger_lines(verification), *([] if checked is None else _file_lines(str(file), checked))]:
+            click.echo(line)
+    if not holds:
+        raise click.exceptions.Exit(1)
+
+
+def _ledger_lines(verification: "Verification") -> list[str]:
+    found, stated = verification.found, verification.stated
+    assert stated is not None
+    lines = [
+        f"lines    {found.num_lines:,}",
+        f"results  {found.num_results:,}, of them {found.num_errors:,} errors and {found.num_cached:,} known already",
+        f"digest   {found.digest}",
+    ]
+    if verification.num_incomplete:
+        lines.append(
+            f"INCOMPLETE: {verification.num_incomplete:,} requests lack a result: {_shown(verification.incomplete)}"
+        )
+    for first, last in verification.altered:
+        lines.append(f"ALTERED: the results of lines {first:,} to {last:,} are not those that were committed")
+    if stated != found:
+        lines.append(
+            f"DIFFERENT: the job was closed with {stated.num_results:,} results, of them {stated.num_errors:,} errors "
+            f"and {stated.num_cached:,} known already, and the digest {stated.digest}"
+        )
+    return lines if len(lines) > 3 else [*lines, "complete: as the job was closed"]
+
+
+def _file_lines(name: str, checked: "FileCheck") -> list[str]:
+    if checked.holds:
+        return [f"{name}: all {checked.num_rows:,} results, each once and unaltered"]
+    parts = f"{checked.num_missing:,} missing, {checked.num_altered:,} altered, {checked.num_surplus:,} too many"
+    return [f"{name}: {checked.num_rows:,} results, {parts}: {_shown(checked.lines)}"]
+
+
+def _shown(lines: list[int]) -> str:
+    return "line" + "s" * (len(lines) != 1) + " " + ", ".join(map(str, lines))
