@@ -115,7 +115,8 @@ class _Run:
 
     def ensure_results(self) -> "tuple[Job, bool]":
         """Bring the Job to its end; False when it was there already, in which case nothing is started."""
-        from producer.client import ENDED, Client
+        from producer.client import Client
+        from producer.job_watch import ENDED
 
         with Client(self._settings) as client:
             job = client.find_same(self._source, name=self._name, params=self._params)

@@ -4,16 +4,16 @@ Needs neither torch nor a running worker; while the broker is away it goes on, s
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import get_args
 
 from producer.chunk_cutter import cut_chunks
 from producer.doorbell import Doorbell
 from producer.identity import job_identity
-from producer.job_results import FinishedOrder, InputOrder, Order
+from producer.job_results import Order
+from producer.job_watch import JobWatch
 from producer.lines import LineReader
-from producer.pauses import Pauses
 from producer.source import Input, Source
 from producer.wakeups import Wakeups
 from protocol.errors import ConfigurationError, DamagedInput, JobNotFound, SubmissionConflict
@@ -27,7 +27,6 @@ from storage.jobs import (
     JobStatus,
     append_chunk,
     cancel_job,
-    close_job_if_done,
     find_job,
     intake_position,
     job_status,
@@ -35,15 +34,12 @@ from storage.jobs import (
     open_job,
     reopen_errors,
     seal_job,
-    settled_position,
     unclaimed_chunks,
 )
 from storage.landing_channel import LandingChannel
-from storage.landings import job_progress
 from storage.ledger import Ledger
 
 UNSET_PARAMS = SamplingParams()
-ENDED = ("finished", "cancelled")
 
 #: Errors whose cause may be gone on another try: the engine's, the worker's, or limits of how the model was served.
 #: What depends on the input alone would come out the same.
@@ -60,9 +56,6 @@ RETRIABLE_CODES = frozenset(
         "unsupported_kind",
     }
 )
-
-#: Seconds between two calls of a progress callback at most.
-_PROGRESS_S = 1.0
 
 
 class Client:
@@ -81,6 +74,7 @@ class Client:
         self._doorbell = Doorbell(self.settings)
         self._landings = LandingChannel.connect(self.settings.broker_url)
         self._wakeups = Wakeups(self.settings.broker_url)
+        self._watch = JobWatch(self._ledger, self._wakeups)
         try:
             self._ledger.check_schema()
         except BaseException:
@@ -198,16 +192,7 @@ class Client:
 
         Raises JobNotFound, and TimedOut after `timeout_s` seconds.
         """
-        job_id = self._id(job)
-        with self._wakeups.listen(job_id) as wakeup:
-            pauses = Pauses(wakeup, timeout_s=timeout_s, most_s=_PROGRESS_S)
-            while True:
-                status = pauses.timed(lambda: self._look(job_id))
-                if on_progress is not None:
-                    on_progress(status)
-                if status.job.state in ENDED:
-                    return status
-                pauses.pause(f"the Job {job_id} did not end")
+        return self._watch.until_ended(self._id(job), timeout_s=timeout_s, on_progress=on_progress)
 
     def results(
         self, job: Job | str, *, order: Order = "input", wait: bool = True, timeout_s: float | None = None
@@ -221,8 +206,7 @@ class Client:
         if order not in get_args(Order):
             raise ConfigurationError(f"order={order!r} is unknown: it is one of {', '.join(get_args(Order))}")
         job_id = self._id(job)
-        in_order = self._in_input_order if order == "input" else self._in_finished_order
-        return in_order(job_id, wait, timeout_s)
+        return self._watch.results(job_id, order, timeout_s=timeout_s) if wait else self._watch.stored(job_id, order)
 
     def cancel(self, job: Job | str) -> bool:
         """Stop the Job: what is not computed yet never will be, what has a Result keeps it.
@@ -273,58 +257,6 @@ class Client:
                 f"the Job {job.identity!r} exists with another model or other parameters (id {job.id}, model "
                 f"{job.model}): give this one another name"
             )
-
-    def _in_input_order(self, job_id: str, wait: bool, timeout_s: float | None) -> Iterator[Result]:
-        stored = InputOrder(self._ledger, job_id)
-        if not wait:
-            yield from stored.read(None)
-            return
-        with self._wakeups.listen(job_id) as wakeup:
-            pauses = Pauses(wakeup, timeout_s=timeout_s)
-            while True:
-                # In this order: a Job that has ended before the position was read has no Results beyond it.
-                is_last = self._has_ended(job_id)
-                settled = None if is_last else pauses.timed(lambda: settled_position(self._ledger, job_id))
-                for result in stored.read(settled):
-                    yield result
-                    pauses.restart()
-                if is_last:
-                    return
-                pauses.pause(f"no Result of the Job {job_id} came")
-
-    def _in_finished_order(self, job_id: str, wait: bool, timeout_s: float | None) -> Iterator[Result]:
-        stored = FinishedOrder(self._ledger, job_id)
-        if not wait:
-            yield from stored.read(None)
-            return
-        with self._wakeups.listen(job_id) as wakeup:
-            pauses = Pauses(wakeup, timeout_s=timeout_s)
-            landed: Set[int] | None = None
-            while True:
-                is_last = self._has_ended(job_id)
-                for result in stored.read(None if is_last else landed):
-                    yield result
-                    pauses.restart()
-                if is_last:
-                    return
-                landed = pauses.pause(f"no Result of the Job {job_id} came")
-
-    def _look(self, job_id: str) -> JobStatus:
-        status = job_status(self._ledger, job_id)
-        if status.job.state != "running" or status.num_chunks_finished < status.num_chunks:
-            return status
-        # The worker that committed the last Chunk may have died before it could close the Job.
-        close_job_if_done(self._ledger, job_id)
-        return job_status(self._ledger, job_id)
-
-    def _has_ended(self, job_id: str) -> bool:
-        progress = job_progress(self._ledger, job_id)
-        if progress is None:
-            raise JobNotFound(f"there is no Job {job_id!r}")
-        state, has_open_chunks = progress
-        if state == "running" and not has_open_chunks:
-            return close_job_if_done(self._ledger, job_id) or self._has_ended(job_id)
-        return state in ENDED
 
     def _take_in(
         self, job: Job, content: Source, model_names: Sequence[str], on_progress: Callable[[int], None] | None

@@ -26,6 +26,10 @@ _RETRY_S = 1.0
 _PING_S = 30
 
 
+class WaitStopped(Exception):
+    """Raised to a waiter whom somebody else has stopped."""
+
+
 class Wakeup:
     """One waiter's alarm, which stays rung until it is waited for."""
 
@@ -33,6 +37,7 @@ class Wakeup:
         self._changed = threading.Condition()
         self._landed: set[int] | None = set()
         self._is_rung = False
+        self._is_stopped = False
         #: Whether word comes through at the moment; without it a waiter has to look more often.
         self.is_heard = False
 
@@ -43,13 +48,27 @@ class Wakeup:
             self._landed = None if chunk_ids is None or self._landed is None else self._landed | chunk_ids
             self._changed.notify()
 
+    def stop(self) -> None:
+        """Let whoever waits now or later stop doing so."""
+        self._is_stopped = True
+        self.ring(None)
+
+    def check(self) -> None:
+        """Raises WaitStopped after `stop`."""
+        if self._is_stopped:
+            raise WaitStopped
+
     def wait(self, timeout_s: float) -> Set[int] | None:
-        """The Chunks with news since the last wait, as soon as there are any; None: look at the whole Job."""
+        """The Chunks with news since the last wait, as soon as there are any; None: look at the whole Job.
+
+        Raises WaitStopped.
+        """
         with self._changed:
             is_rung = self._changed.wait_for(lambda: self._is_rung, timeout_s)
             landed = self._landed if is_rung else None
             self._landed, self._is_rung = set(), False
-            return landed
+        self.check()
+        return landed
 
 
 class Wakeups:
@@ -63,9 +82,9 @@ class Wakeups:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def listen(self, job_id: str) -> Iterator[Wakeup]:
-        """An alarm that rings for the Job, until the end of the context."""
-        wakeup = Wakeup()
+    def listen(self, job_id: str, wakeup: Wakeup | None = None) -> Iterator[Wakeup]:
+        """An alarm, by default a new one, that rings for the Job until the end of the context."""
+        wakeup = wakeup or Wakeup()
         self.add(job_id, wakeup)
         try:
             yield wakeup

@@ -29,7 +29,7 @@ def never_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks into the ledger unless Redis tells them to."""
     for name in ("_FIRST_S", "_LAST_S", "_LAST_HEARD_S"):
         monkeypatch.setattr(f"producer.pauses.{name}", 1000.0)
-    monkeypatch.setattr("producer.client._PROGRESS_S", 1000.0)
+    monkeypatch.setattr("producer.job_watch._PROGRESS_S", 1000.0)
 
 
 @pytest.fixture
