@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ HEAD_DIM = 128
 HEADS = {"16/8": (16, 8), "32/8": (32, 8)}
 DECODE_VARIANTS = [
     DecodeVariant(64, 4, 3, 2),
+    DecodeVariant(64, 4, 3, 2, merges=False),
+    DecodeVariant(64, 4, 3, 2, is_nested=True),
     DecodeVariant(64, 4, 4, 1),
     DecodeVariant(32, 4, 4, 3),
     DecodeVariant(32, 4, 3, 4),
@@ -45,11 +48,12 @@ DECODE_VARIANTS = [
     DecodeVariant(128, 8, 3, 1),
 ]
 PREFIX_VARIANTS = [
+    PREFIX,
     DecodeVariant(64, 4, 3, 1),
-    DecodeVariant(64, 8, 3, 1),
-    DecodeVariant(64, 4, 2, 2),
-    DecodeVariant(128, 8, 2, 1),
-    DecodeVariant(32, 4, 3, 2),
+    DecodeVariant(64, 4, 3, 1, is_nested=True),
+    DecodeVariant(64, 8, 3, 1, is_nested=True),
+    DecodeVariant(64, 4, 2, 2, is_nested=True),
+    DecodeVariant(32, 4, 4, 2, is_nested=True),
 ]
 #: Bytes that the layers of one graph read at least, several times an L2 cache.
 MIN_BYTES = 1 << 29
@@ -113,7 +117,7 @@ class Rows:
         groups: Sequence[tuple[list[int], int]] = (),
         is_by_head: bool = False,
     ) -> None:
-        num_heads, num_kv_heads = heads
+        num_heads, self.num_kv_heads = num_heads, num_kv_heads = heads
         self.lens = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
         num_per_row = -(-max(lens) // BLOCK_SIZE)
         shared = {row: num for rows, num in groups for row in rows}
@@ -167,9 +171,16 @@ class Rows:
                 assert prefix_variant is not None
                 starts = prefixes.starts
                 prefix_plan = plan_decode(
-                    self.tables, prefixes.lens, BLOCK_SIZE, prefix_variant, table_rows=prefixes.members
+                    self.tables,
+                    prefixes.lens,
+                    BLOCK_SIZE,
+                    self.num_kv_heads,
+                    prefix_variant,
+                    table_rows=prefixes.members,
                 )
-            plan = plan_decode(self.tables, self.lens, BLOCK_SIZE, variant, starts=starts, window=window)
+            plan = plan_decode(
+                self.tables, self.lens, BLOCK_SIZE, self.num_kv_heads, variant, starts=starts, window=window
+            )
             results = []
             for k_cache, v_cache in self.calls:
                 options: dict[str, Any] = {"scale": SCALE, "softcap": softcap}
@@ -231,12 +242,11 @@ def _bandwidth(rows: Rows, seconds: float) -> dict[str, Any]:
 def check(report: Report) -> None:
     lens = [1, 255, 256, 257, 700, 33, 64, 2048, 1500, 5]
     for name, heads in [*HEADS.items(), ("28/4", (28, 4)), ("8/8", (8, 8))]:
+        rows = Rows(lens, heads)
         for terms in ({}, {"window": 300}, {"softcap": 20.0}):
-            rows = Rows(lens, heads)
-            report.add(
-                f"check decode {name} {terms or ''}",
-                functools.partial(check_rows, rows, DECODE, **terms),
-            )
+            report.add(f"check decode {name} {terms or ''}", functools.partial(check_rows, rows, DECODE, **terms))
+        apart = replace(DECODE, merges=False)
+        report.add(f"check decode {name}, merged apart", functools.partial(check_rows, rows, apart))
     for name, heads in HEADS.items():
         rows = Rows([1024 + n for n in uniform_lens(40, 1, 400)], heads, groups=groups_of(3, 11, 1024))
         members = 64 * heads[1] // heads[0]
@@ -382,7 +392,8 @@ def measure_read() -> dict[str, Any]:
 
 
 def _short(variant: DecodeVariant) -> str:
-    return f"t{variant.tile} w{variant.num_warps} s{variant.num_stages} x{variant.programs_per_sm}"
+    flags = ("" if variant.merges else " merged apart") + (" nested" if variant.is_nested else "")
+    return f"t{variant.tile} w{variant.num_warps} s{variant.num_stages} x{variant.programs_per_sm}{flags}"
 
 
 PARTS: dict[str, Callable[[Report], None]] = {

@@ -1,5 +1,6 @@
 """Paged decode against its twin in float64. Run by tests/engine/test_kernels.py, where kernels are interpreted."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,11 @@ SCALE = 0.2
 #: Several rows to a program and several programs to a row; a row that fills its last tile, one of one token, an
 #: unused one.
 LENS = [5, 17, 64, 65, 330, 1, 0, 33, 128]
+WAYS = {
+    "one loop": DecodeVariant(32, 4, 3, 2),
+    "nested": DecodeVariant(32, 4, 3, 2, is_nested=True),
+    "merged apart": DecodeVariant(32, 4, 3, 2, merges=False),
+}
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 
 
@@ -52,7 +58,16 @@ def assert_close(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], is_co
         assert (x[is_compared].double() - y).abs().max() < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "terms"),
+    [
+        (torch.float32, {}),
+        (torch.float32, {"window": 40}),
+        (torch.float32, {"softcap": 1.5}),
+        (torch.float16, {}),
+    ],
+    ids=["plain", "window", "softcap", "float16"],
+)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "block_size", "tile", "is_by_head"),
     [
@@ -63,7 +78,7 @@ def assert_close(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], is_co
         (17, 1, 80, 32, 32, False),
     ],
 )
-@pytest.mark.parametrize("terms", [{}, {"window": 40}, {"softcap": 1.5}], ids=["plain", "window", "softcap"])
+@pytest.mark.parametrize("way", WAYS)
 def test_decode_equals_its_twin(
     heads: int,
     kv_heads: int,
@@ -73,21 +88,25 @@ def test_decode_equals_its_twin(
     is_by_head: bool,
     terms: dict[str, Any],
     dtype: torch.dtype,
+    way: str,
 ) -> None:
     query, k_cache, v_cache, tables = tensors(LENS, heads, kv_heads, head_dim, block_size, dtype, is_by_head)
     lens = torch.tensor(LENS, dtype=torch.int32)
     is_used = lens > 0
     expected = exact(query[is_used], k_cache, v_cache, tables[is_used], lens[is_used], **terms)
 
-    plan = plan_decode(tables, lens, block_size, DecodeVariant(tile, 4, 3, 2), window=terms.get("window"))
+    variant = replace(WAYS[way], tile=tile)
+    plan = plan_decode(tables, lens, block_size, kv_heads, variant, window=terms.get("window"))
     result = decode(query, k_cache, v_cache, plan, scale=SCALE, softcap=terms.get("softcap"))
 
     assert_close(result, expected, is_used, dtype)
 
 
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_shared_prefixes_equal_rows_that_read_all_of_their_blocks(dtype: torch.dtype, softcap: float | None) -> None:
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.float16, 1.5)])
+def test_shared_prefixes_equal_rows_that_read_all_of_their_blocks(
+    dtype: torch.dtype, softcap: float | None, way: str
+) -> None:
     block_size, heads, kv_heads = 32, 6, 2
     own = [5, 40, 1, 70, 33, 32, 9]
     groups = {0: ([0, 2, 3, 6], 160), 1: ([1, 5], 32)}  # row 4 is in none
@@ -102,10 +121,10 @@ def test_shared_prefixes_equal_rows_that_read_all_of_their_blocks(dtype: torch.d
     prefixes = PrefixGroups(members, torch.tensor([160, 160, 32, 0], dtype=torch.int32), starts)
     expected = exact(query, k_cache, v_cache, tables, lens_t, softcap=softcap)
 
-    variant = DecodeVariant(32, 4, 3, 2)
-    prefix_plan = plan_decode(tables, prefixes.lens, block_size, variant, table_rows=members)
+    variant = WAYS[way]
+    prefix_plan = plan_decode(tables, prefixes.lens, block_size, kv_heads, variant, table_rows=members)
     prefix = decode(query, k_cache, v_cache, prefix_plan, scale=SCALE, softcap=softcap, groups=prefixes)
-    plan = plan_decode(tables, lens_t, block_size, variant, starts=starts)
+    plan = plan_decode(tables, lens_t, block_size, kv_heads, variant, starts=starts)
     result = decode(query, k_cache, v_cache, plan, scale=SCALE, softcap=softcap, prefix=prefix)
 
     assert torch.isinf(prefix[1][4]).all()
@@ -117,6 +136,7 @@ def test_a_plan_is_followed_whatever_the_number_of_rows() -> None:
         query, k_cache, v_cache, tables = tensors(lens, 2, 1, 16, 16, torch.float32, False)
         lens_t = torch.tensor(lens, dtype=torch.int32)
         expected = exact(query, k_cache, v_cache, tables, lens_t)
-        plan = plan_decode(tables, lens_t, 16, DecodeVariant(16, 4, 3, 2))
-        result = decode(query, k_cache, v_cache, plan, scale=SCALE)
-        assert_close(result, expected, lens_t > 0, torch.float32)
+        plan = plan_decode(tables, lens_t, 16, 1, DecodeVariant(16, 4, 3, 2))
+        for _ in range(2):  # one plan serves all layers
+            result = decode(query, k_cache, v_cache, plan, scale=SCALE)
+            assert_close(result, expected, lens_t > 0, torch.float32)

@@ -50,7 +50,8 @@ class TritonBackend:
     def _decode(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
-        num_shared, head_dim, block_size = query.shape[1] // k_cache.shape[2], query.shape[2], k_cache.shape[1]
+        head_dim, block_size, num_kv_heads = query.shape[2], *k_cache.shape[1:3]
+        num_shared = query.shape[1] // num_kv_heads
         options: dict[str, Any] = {"scale": terms.scale, "softcap": terms.softcap}
         prefix = starts = None
         key: tuple[Any, ...]
@@ -58,19 +59,22 @@ class TritonBackend:
         if step.prefixes is not None and terms.window is None:
             starts = step.prefixes.starts
             num_members = max(_PREFIX_QUERIES // num_shared, 1)
-            key = "prefix", num_members, head_dim
+            key = "prefix", num_kv_heads, num_members, head_dim
             if key not in step.plans:
                 groups = _split(step.prefixes, num_members)
                 variant = choose_variant(num_members * num_shared, head_dim)
-                tables, lens = step.decode_tables, groups.lens
-                step.plans[key] = groups, plan_decode(tables, lens, block_size, variant, table_rows=groups.members)
+                plan = plan_decode(
+                    step.decode_tables, groups.lens, block_size, num_kv_heads, variant, table_rows=groups.members
+                )
+                step.plans[key] = groups, plan
             groups, plan = step.plans[key]
             prefix = decode(query, k_cache, v_cache, plan, groups=groups, **options)
-        key = "decode", num_shared, head_dim, terms.window
+        key = "decode", num_kv_heads, num_shared, head_dim, terms.window
         if key not in step.plans:
             variant = choose_variant(num_shared, head_dim)
+            tables, lens = step.decode_tables, step.decode_lens
             step.plans[key] = plan_decode(
-                step.decode_tables, step.decode_lens, block_size, variant, starts=starts, window=terms.window
+                tables, lens, block_size, num_kv_heads, variant, starts=starts, window=terms.window
             )
         own_plan: DecodePlan = step.plans[key]
         return decode(query, k_cache, v_cache, own_plan, prefix=prefix, **options)[0]

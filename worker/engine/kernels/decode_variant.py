@@ -9,15 +9,20 @@ class DecodeVariant:
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    merges: bool = True  # in the same launch
+    is_nested: bool = False  # one loop over rows and one over a row's tiles, else one over all tiles
 
 
-#: For the heads of one row, and for those of many: the latter takes more registers.
+#: For the heads of one row, and for those of many.
 DECODE = DecodeVariant(tile=64, num_warps=4, num_stages=3, programs_per_sm=2)
-PREFIX = DecodeVariant(tile=64, num_warps=4, num_stages=3, programs_per_sm=1)
+PREFIX = DecodeVariant(tile=64, num_warps=4, num_stages=3, programs_per_sm=2, is_nested=True)
 
 
 def choose_variant(num_queries: int, head_dim: int) -> DecodeVariant:
     """For tiles of that many queries, of one key/value head."""
     if num_queries <= 16:
         return DECODE if head_dim <= 128 else replace(DECODE, tile=DECODE.tile // 2)
-    return PREFIX if head_dim <= 128 else replace(PREFIX, tile=PREFIX.tile // 2, num_warps=2 * PREFIX.num_warps)
+    # More to hold, be it for larger heads or for finding out whose a query is, takes the registers of two programs.
+    tile = PREFIX.tile if head_dim <= 128 else PREFIX.tile // 2
+    is_large = head_dim > 128 or num_queries & (num_queries - 1)
+    return replace(PREFIX, tile=tile, num_warps=8, programs_per_sm=1) if is_large else PREFIX

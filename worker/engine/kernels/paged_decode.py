@@ -3,7 +3,8 @@
 The tokens of all rows are cut into tiles; `plan_decode` lists them on the device, once a step, and in each layer a
 fixed number of programs takes an equal run of the list each. So neither the grid nor the balance depends on lengths,
 which the host need not know, and the launches can be captured in a CUDA graph. A row that is cut by a program's
-boundary leaves partial results with their log-sum-exp, which a second, tiny kernel merges.
+boundary leaves partial results with their log-sum-exp, which the last of its programs to be done merges, or a second,
+tiny kernel.
 
 A tile's queries are those of the heads that share a key/value head, of one row, or of several rows that share a prefix:
 the same kernel then attends to each group's prefix once, and the rows' own pass begins behind it and merges.
@@ -44,12 +45,14 @@ class DecodePlan:
     rows: Tensor  # (T,) int32
     info: Tensor  # (T,) int32
     bounds: Tensor  # (D + 1,) int32, first tile of each row; the last is the number of tiles
+    num_done: Tensor  # (D * G,) int32, zero but while a layer runs: programs that have left their part of a row
 
 
 def plan_decode(
     tables: Tensor,
     lens: Tensor,
     block_size: int,
+    num_kv_heads: int,
     variant: DecodeVariant,
     *,
     starts: Tensor | None = None,
@@ -93,7 +96,8 @@ def plan_decode(
         HAS_WINDOW=window is not None,
         num_warps=4,
     )
-    return DecodePlan(variant, num_rows, slots, rows, info, bounds)
+    num_done = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=lens.device)
+    return DecodePlan(variant, num_rows, slots, rows, info, bounds, num_done)
 
 
 def decode(
@@ -158,6 +162,7 @@ def decode(
         plan.rows,
         plan.info,
         plan.bounds,
+        plan.num_done,
         members,
         plan.num_rows,
         num_programs,
@@ -172,11 +177,13 @@ def decode(
         PIECE=min(variant.tile, block_size),
         HAS_SOFTCAP=softcap is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        MERGES=variant.merges,
+        NESTED=variant.is_nested,
         **shape,
         num_warps=variant.num_warps,
         num_stages=variant.num_stages,
     )
-    if num_programs > 1:
+    if num_programs > 1 and not variant.merges:
         _merge_parts[(num_programs - 1, num_kv_heads)](
             output,
             lse,
@@ -277,6 +284,7 @@ def _attend_tiles(
     rows,
     info,
     bounds,
+    num_done,
     members,
     num_rows,
     num_programs,
@@ -295,6 +303,8 @@ def _attend_tiles(
     PIECE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    MERGES: tl.constexpr,
+    NESTED: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
@@ -315,7 +325,6 @@ def _attend_tiles(
     end_tile = tl.minimum(first_tile + per_program, num_tiles)
 
     q_index = tl.arange(0, QUERIES)
-    n_index = tl.arange(0, TILE)
     e_index = tl.arange(0, HEAD_PAD)
     head = kv_head * SHARED + q_index % SHARED
     member = q_index // SHARED
@@ -325,90 +334,230 @@ def _attend_tiles(
     best = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, HEAD_PAD], tl.float32)
-    is_from_start = 0  # whether this program has had the current row from its first tile on
     # Read one tile ahead: loaded where they are used, they would take half of the pipeline's stages.
     has_any = first_tile < end_tile
     next_row = tl.load(rows + first_tile, mask=has_any, other=0)
     next_value = tl.load(info + first_tile, mask=has_any, other=0)
     next_slot = tl.load(slots + first_tile * (TILE // PIECE), mask=has_any, other=0)
-    for tile in tl.range(first_tile, end_tile):
-        row, value, first_slot = next_row, next_value, next_slot
-        next_tile = tl.minimum(tile + 1, end_tile - 1)
-        next_row = tl.load(rows + next_tile)
-        next_value = tl.load(info + next_tile)
-        next_slot = tl.load(slots + next_tile * (TILE // PIECE))
-        num_valid = value & 1023
-        is_first = (value & _FIRST_BIT) != 0
-        is_last = (value & _LAST_BIT) != 0
+    if NESTED:
+        # Row by row, each with its queries in registers: what is best when they are many and rows are long.
+        begin = first_tile
+        while begin < end_tile:
+            row = tl.load(rows + begin)
+            is_from_start = (tl.load(bounds + row) == begin).to(tl.int32)
+            end = tl.minimum(tl.load(bounds + row + 1), end_tile)
+            q_row, is_query, q = _load_queries(
+                row, query, members, query_row, query_head, head, member, e_index,
+                SHARED, MEMBERS, QUERIES, HEAD, HAS_MEMBERS,
+            )  # fmt: skip
+            for tile in tl.range(begin, end):
+                value, slot = next_value, next_slot
+                next_tile = tl.minimum(tile + 1, end_tile - 1)
+                next_value = tl.load(info + next_tile)
+                next_slot = tl.load(slots + next_tile * (TILE // PIECE))
+                best, total, acc = _attend_tile(
+                    tile, slot, value, tile == begin, q, best, total, acc, k_base, v_base, slots,
+                    k_block, k_token, v_block, v_token, scale, softcap,
+                    BLOCK, TILE, PIECE, HEAD, HEAD_PAD, HAS_SOFTCAP, PRECISION,
+                )  # fmt: skip
+            _leave(
+                is_from_start, tl.load(bounds + row + 1) == end, program, kv_head, best, total, acc,
+                q_row, head, is_query, output, lse, prefix_output, prefix_lse, parts, part_lse,
+                HEADS, KV_HEADS, QUERIES, HEAD, HEAD_PAD, HAS_PREFIX,
+            )  # fmt: skip
+            begin = end
+    else:
+        is_from_start = 0  # whether this program has had the current row from its first tile on
+        for tile in tl.range(first_tile, end_tile):
+            row, value, slot = next_row, next_value, next_slot
+            next_tile = tl.minimum(tile + 1, end_tile - 1)
+            next_row = tl.load(rows + next_tile)
+            next_value = tl.load(info + next_tile)
+            next_slot = tl.load(slots + next_tile * (TILE // PIECE))
+            is_first = (value & _FIRST_BIT) != 0
+            is_last = (value & _LAST_BIT) != 0
+            q_row, is_query, q = _load_queries(
+                row, query, members, query_row, query_head, head, member, e_index,
+                SHARED, MEMBERS, QUERIES, HEAD, HAS_MEMBERS,
+            )  # fmt: skip
+            best, total, acc = _attend_tile(
+                tile, slot, value, is_first, q, best, total, acc, k_base, v_base, slots,
+                k_block, k_token, v_block, v_token, scale, softcap,
+                BLOCK, TILE, PIECE, HEAD, HEAD_PAD, HAS_SOFTCAP, PRECISION,
+            )  # fmt: skip
+            is_from_start = tl.where(is_first, 1, is_from_start)
+            if is_last | (tile == end_tile - 1):
+                _leave(
+                    is_from_start, is_last, program, kv_head, best, total, acc,
+                    q_row, head, is_query, output, lse, prefix_output, prefix_lse, parts, part_lse,
+                    HEADS, KV_HEADS, QUERIES, HEAD, HEAD_PAD, HAS_PREFIX,
+                )  # fmt: skip
 
-        if HAS_MEMBERS:
-            q_row = tl.load(members + row * MEMBERS + member, mask=member < MEMBERS, other=-1)
-            is_query = q_row >= 0
-        else:
-            q_row = tl.zeros_like(q_index) + row
-            is_query = q_index < SHARED
-        q_place = q_row.to(tl.int64)[:, None] * query_row + head[:, None] * query_head + e_index[None, :]
-        q = tl.load(query + q_place, mask=is_query[:, None] & (e_index[None, :] < HEAD), other=0.0)
+    if MERGES & (first_tile < end_tile):
+        tl.debug_barrier()  # all threads have stored their share of the parts
+        first_row, last_row = tl.load(rows + first_tile), tl.load(rows + end_tile - 1)
+        for i in range(tl.where(first_row == last_row, 1, 2)):
+            row = tl.where(i == 0, first_row, last_row)
+            first_program = tl.load(bounds + row) // per_program
+            last_program = (tl.load(bounds + row + 1) - 1) // per_program
+            if first_program < last_program:
+                done = num_done + row * KV_HEADS + kv_head
+                if tl.atomic_add(done, 1, sem="acq_rel") == last_program - first_program:
+                    tl.store(done, 0)
+                    _merge_row(
+                        row,
+                        first_program,
+                        last_program,
+                        kv_head,
+                        output,
+                        lse,
+                        prefix_output,
+                        prefix_lse,
+                        parts,
+                        part_lse,
+                        members,
+                        HEADS,
+                        KV_HEADS,
+                        SHARED,
+                        MEMBERS,
+                        QUERIES,
+                        HEAD,
+                        HEAD_PAD,
+                        HAS_MEMBERS,
+                        HAS_PREFIX,
+                    )
 
-        is_there = n_index < num_valid
-        if PIECE == TILE:
-            block = (first_slot // BLOCK).to(tl.int64)
-            offset = first_slot % BLOCK + n_index
-        else:
-            slot = tl.load(slots + tile * (TILE // PIECE) + n_index // PIECE) + n_index % PIECE
-            block = (slot // BLOCK).to(tl.int64)
-            offset = slot % BLOCK
-        kv_mask = is_there[:, None] & (e_index[None, :] < HEAD)
-        if PIECE == TILE:
-            k_place = block * k_block + offset[:, None] * k_token + e_index[None, :]
-            v_place = block * v_block + offset[:, None] * v_token + e_index[None, :]
-        else:
-            k_place = block[:, None] * k_block + offset[:, None] * k_token + e_index[None, :]
-            v_place = block[:, None] * v_block + offset[:, None] * v_token + e_index[None, :]
-        k = tl.load(k_base + k_place, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        if HAS_SOFTCAP:
-            # softcap * tanh(scores / softcap), to base 2 as the scores are
-            scores = softcap * (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634) / softcap)) - 1.0)
-        is_attended = is_there & (n_index >= (value >> _LOW_SHIFT) & 1023)
-        scores = tl.where(is_attended[None, :], scores, float("-inf"))
 
-        before = tl.where(is_first, float("-inf"), best)
-        best = tl.maximum(before, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - best[:, None])
-        shrink = tl.exp2(before - best)
-        total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(v_base + v_place, mask=kv_mask, other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+@triton.jit
+def _load_queries(
+    row,
+    query,
+    members,
+    query_row,
+    query_head,
+    head,
+    member,
+    e_index,
+    SHARED: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD: tl.constexpr,
+    HAS_MEMBERS: tl.constexpr,
+):
+    """Of which row each query is, whether it is one at all, and the queries."""
+    if HAS_MEMBERS:
+        q_row = tl.load(members + row * MEMBERS + member, mask=member < MEMBERS, other=-1)
+        is_query = q_row >= 0
+    else:
+        q_row = tl.zeros_like(member) + row
+        is_query = member == 0
+    place = q_row.to(tl.int64)[:, None] * query_row + head[:, None] * query_head + e_index[None, :]
+    return q_row, is_query, tl.load(query + place, mask=is_query[:, None] & (e_index[None, :] < HEAD), other=0.0)
 
-        is_from_start = tl.where(is_first, 1, is_from_start)
-        if is_last | (tile == end_tile - 1):
-            part = acc / total[:, None]
-            log_sum = best + tl.log2(total)
-            if is_last & (is_from_start == 1):
-                _finish(
-                    part,
-                    log_sum,
-                    q_row,
-                    head,
-                    is_query,
-                    e_index,
-                    output,
-                    lse,
-                    prefix_output,
-                    prefix_lse,
-                    HEADS,
-                    HEAD,
-                    HAS_PREFIX,
-                )
-            else:
-                place = ((program * 2 + is_from_start) * KV_HEADS + kv_head) * QUERIES + q_index
-                tl.store(part_lse + place, log_sum, mask=is_query)
-                tl.store(
-                    parts + place[:, None] * HEAD_PAD + e_index[None, :],
-                    part,
-                    mask=is_query[:, None] & (e_index[None, :] < HEAD),
-                )
+
+@triton.jit
+def _attend_tile(
+    tile,
+    first_slot,
+    value,
+    is_first,
+    q,
+    best,
+    total,
+    acc,
+    k_base,
+    v_base,
+    slots,
+    k_block,
+    k_token,
+    v_block,
+    v_token,
+    scale,
+    softcap,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One more tile of keys and values; with `is_first` what was before it is forgotten."""
+    n_index = tl.arange(0, TILE)
+    e_index = tl.arange(0, HEAD_PAD)[None, :]
+    is_there = n_index < (value & 1023)
+    mask = is_there[:, None] & (e_index < HEAD)
+    if PIECE == TILE:
+        block = (first_slot // BLOCK).to(tl.int64)
+        offset = first_slot % BLOCK + n_index
+        k_place = block * k_block + offset[:, None] * k_token + e_index
+        v_place = block * v_block + offset[:, None] * v_token + e_index
+    else:
+        slot = tl.load(slots + tile * (TILE // PIECE) + n_index // PIECE) + n_index % PIECE
+        block = (slot // BLOCK).to(tl.int64)
+        offset = slot % BLOCK
+        k_place = block[:, None] * k_block + offset[:, None] * k_token + e_index
+        v_place = block[:, None] * v_block + offset[:, None] * v_token + e_index
+    k = tl.load(k_base + k_place, mask=mask, other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if HAS_SOFTCAP:
+        # softcap * tanh(scores / softcap), to base 2 as the scores are
+        scores = softcap * (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634) / softcap)) - 1.0)
+    is_attended = is_there & (n_index >= ((value >> _LOW_SHIFT) & 1023))
+    scores = tl.where(is_attended[None, :], scores, float("-inf"))
+
+    before = tl.where(is_first, float("-inf"), best)
+    best = tl.maximum(before, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - best[:, None])
+    shrink = tl.exp2(before - best)
+    total = total * shrink + tl.sum(weights, axis=1)
+    v = tl.load(v_base + v_place, mask=mask, other=0.0)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return best, total, acc
+
+
+@triton.jit
+def _leave(
+    is_from_start,
+    is_to_end,
+    program,
+    kv_head,
+    best,
+    total,
+    acc,
+    q_row,
+    head,
+    is_query,
+    output,
+    lse,
+    prefix_output,
+    prefix_lse,
+    parts,
+    part_lse,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+):
+    """Store a row's result, or the part of it that this program had."""
+    e_index = tl.arange(0, HEAD_PAD)
+    part = acc / total[:, None]
+    log_sum = best + tl.log2(total)
+    if is_to_end & (is_from_start == 1):
+        _finish(
+            part, log_sum, q_row, head, is_query, e_index, output, lse, prefix_output, prefix_lse,
+            HEADS, HEAD, HAS_PREFIX,
+        )  # fmt: skip
+    else:
+        place = ((program * 2 + is_from_start) * KV_HEADS + kv_head) * QUERIES + tl.arange(0, QUERIES)
+        tl.store(part_lse + place, log_sum, mask=is_query)
+        tl.store(
+            parts + place[:, None] * HEAD_PAD + e_index[None, :],
+            part,
+            mask=is_query[:, None] & (e_index[None, :] < HEAD),
+        )
 
 
 @triton.jit
@@ -479,42 +628,91 @@ def _merge_parts(
         first_tile = tl.load(bounds + row)
         end_tile = tl.load(bounds + row + 1)
         if (first_tile < tile) & (first_tile // per_program == boundary - 1):
-            q_index = tl.arange(0, QUERIES)
-            e_index = tl.arange(0, HEAD_PAD)
-            head = kv_head * SHARED + q_index % SHARED
-            member = q_index // SHARED
-            if HAS_MEMBERS:
-                q_row = tl.load(members + row * MEMBERS + member, mask=member < MEMBERS, other=-1)
-                is_query = q_row >= 0
-            else:
-                q_row = tl.zeros_like(q_index) + row
-                is_query = q_index < SHARED
-            mask = is_query[:, None] & (e_index[None, :] < HEAD)
-            best = tl.full([QUERIES], float("-inf"), tl.float32)
-            total = tl.zeros([QUERIES], tl.float32)
-            acc = tl.zeros([QUERIES, HEAD_PAD], tl.float32)
-            for program in range(boundary - 1, (end_tile - 1) // per_program + 1):
-                is_head = (program == boundary - 1).to(tl.int32)
-                place = ((program * 2 + is_head) * KV_HEADS + kv_head) * QUERIES + q_index
-                log_sum = tl.load(part_lse + place, mask=is_query, other=0.0)
-                part = tl.load(parts + place[:, None] * HEAD_PAD + e_index[None, :], mask=mask, other=0.0)
-                most = tl.maximum(best, log_sum)
-                shrink, weight = tl.exp2(best - most), tl.exp2(log_sum - most)
-                acc = acc * shrink[:, None] + part * weight[:, None]
-                total = total * shrink + weight
-                best = most
-            _finish(
-                acc / total[:, None],
-                best + tl.log2(total),
-                q_row,
-                head,
-                is_query,
-                e_index,
+            _merge_row(
+                row,
+                boundary - 1,
+                (end_tile - 1) // per_program,
+                kv_head,
                 output,
                 lse,
                 prefix_output,
                 prefix_lse,
+                parts,
+                part_lse,
+                members,
                 HEADS,
+                KV_HEADS,
+                SHARED,
+                MEMBERS,
+                QUERIES,
                 HEAD,
+                HEAD_PAD,
+                HAS_MEMBERS,
                 HAS_PREFIX,
             )
+
+
+@triton.jit
+def _merge_row(
+    row,
+    first_program,
+    last_program,
+    kv_head,
+    output,
+    lse,
+    prefix_output,
+    prefix_lse,
+    parts,
+    part_lse,
+    members,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    HAS_MEMBERS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+):
+    """The parts that these programs have left of a row, or of a tile of rows, become its result."""
+    q_index = tl.arange(0, QUERIES)
+    e_index = tl.arange(0, HEAD_PAD)
+    head = kv_head * SHARED + q_index % SHARED
+    member = q_index // SHARED
+    if HAS_MEMBERS:
+        q_row = tl.load(members + row * MEMBERS + member, mask=member < MEMBERS, other=-1)
+        is_query = q_row >= 0
+    else:
+        q_row = tl.zeros_like(q_index) + row
+        is_query = member == 0
+    mask = is_query[:, None] & (e_index[None, :] < HEAD)
+    best = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, HEAD_PAD], tl.float32)
+    for program in range(first_program, last_program + 1):
+        is_head = (program == first_program).to(tl.int32)
+        place = ((program * 2 + is_head) * KV_HEADS + kv_head) * QUERIES + q_index
+        # Past the L1 cache, which does not see what other multiprocessors write.
+        log_sum = tl.load(part_lse + place, mask=is_query, other=0.0, cache_modifier=".cg")
+        part = tl.load(parts + place[:, None] * HEAD_PAD + e_index[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        most = tl.maximum(best, log_sum)
+        shrink, weight = tl.exp2(best - most), tl.exp2(log_sum - most)
+        acc = acc * shrink[:, None] + part * weight[:, None]
+        total = total * shrink + weight
+        best = most
+    _finish(
+        acc / total[:, None],
+        best + tl.log2(total),
+        q_row,
+        head,
+        is_query,
+        e_index,
+        output,
+        lse,
+        prefix_output,
+        prefix_lse,
+        HEADS,
+        HEAD,
+        HAS_PREFIX,
+    )
