@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from cli.output import Showing
 from producer.file_format import FORMATS, format_of
 from protocol.sampling import TOO_LONG, SamplingParams
 
@@ -67,16 +68,67 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     @click.option("--prompt-column", metavar="NAME", help="CSV and Parquet: the column of prompts. Default: prompt.")
     @click.option("--id-column", metavar="NAME", help="CSV and Parquet: the column of each row's custom_id, if any.")
+    @click.option(
+        "--model-map",
+        multiple=True,
+        metavar="ASKED=SERVED",
+        callback=_model_map,
+        help="Lines that ask for the model ASKED are answered by SERVED, the one that is served; can be given several "
+        "times.",
+    )
     @wraps(command)
-    def with_reading(input_format: str | None, prompt_column: str | None, id_column: str | None, **others: Any) -> Any:
+    def with_reading(
+        input_format: str | None,
+        prompt_column: str | None,
+        id_column: str | None,
+        model_map: dict[str, str],
+        **others: Any,
+    ) -> Any:
         from producer.columns import Columns
         from producer.source import Reading
 
         columns = Columns(prompt_column or Columns().prompt, id_column)
         file_format = None if input_format is None else format_of(input_format)
-        return command(reading=Reading(file_format, columns), **others)
+        return command(reading=Reading(file_format, columns, model_map), **others)
 
     return with_reading
+
+
+def showing_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what says how Results are written and hands it to the command as one `showing`."""
+
+    @click.option(
+        "--format",
+        "result_format",
+        type=click.Choice(("flat", "openai")),
+        default="flat",
+        show_default=True,
+        help="An object or row for each sample, or OpenAI's batch output: an object for each line.",
+    )
+    @click.option(
+        "--order",
+        type=click.Choice(("input", "finished")),
+        default="input",
+        show_default=True,
+        help="Results in the order of the lines, or as they finish.",
+    )
+    @click.option("--errors", metavar="FILE", help="Write errors there instead of beside the results.")
+    @wraps(command)
+    def with_showing(result_format: Any, order: Any, errors: str | None, **others: Any) -> Any:
+        return command(showing=Showing(result_format, order, errors), **others)
+
+    return with_showing
+
+
+def _model_map(_context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
+    model_map: dict[str, str] = {}
+    for pair in pairs:
+        asked, _, served = pair.partition("=")
+        if not asked or not served:
+            raise click.BadParameter(f"{pair!r} is not of the form ASKED=SERVED.")
+        if model_map.setdefault(asked, served) != served:
+            raise click.BadParameter(f"{asked!r} is mapped to two models.")
+    return model_map
 
 
 def _not_empty(_context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:

@@ -4,15 +4,16 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from cli.interrupts import Interrupts
-from cli.options import job_option, reading_options, retry_option, sampling_options
-from cli.output import STDIN, STDOUT, check_output, open_output, shown_output
+from cli.options import job_option, reading_options, retry_option, sampling_options, showing_options
+from cli.output import STDIN, STDOUT, Output, Showing, check_output, shown_output
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
 
@@ -28,9 +29,15 @@ _SUPERVISE_INTERVAL_S = 1.0
 _DIGEST_DIGITS = 12
 
 
+_OUTPUT_HELP = (
+    "The file for the Results, as JSON lines, CSV or Parquet, the first two also in gzip or zstd, by its suffixes; - "
+    "is stdout, as JSON lines."
+)
+
+
 @click.command("run", short_help="Answer a file of prompts on this machine.")
 @click.argument("input_path", metavar="INPUT", type=click.Path(allow_dash=True))
-@click.option("-o", "--output", required=True, metavar="OUTPUT", help="The file for the Results; - is stdout.")
+@click.option("-o", "--output", required=True, metavar="OUTPUT", help=_OUTPUT_HELP)
 @click.option("--model", metavar="MODEL", help="A folder with a model, or a name on the model hub.")
 @click.option("--model-name", metavar="NAME", help="The name that lines of the input ask for.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
@@ -39,6 +46,7 @@ _DIGEST_DIGITS = 12
 @retry_option
 @job_option
 @reading_options
+@showing_options
 @sampling_options
 def command(
     input_path: str,
@@ -51,6 +59,7 @@ def command(
     retry_errors: bool,
     name: str | None,
     reading: "Reading",
+    showing: Showing,
     params: SamplingParams,
 ) -> None:
     """Answer the prompts of INPUT with everything that takes on this machine.
@@ -77,19 +86,20 @@ def command(
     check_worker_packages()
     if name is None:
         source.check()
-    check_output(output, input_path)
+    check_output(output, input_path, showing)
     if name is None:
         source.digest()
     private = _name_by_content(settings)
     with Interrupts() as interrupts, StateFolder(Path(state)) as folder:
         private = _in_folder(private, folder)
-        run = _Run(private, folder, source, name, params, model_names, interrupts, retry_errors)
+        writing = _Writing(output, showing, settings.served_model)
+        run = _Run(private, folder, source, name, params, model_names, interrupts, retry_errors, writing)
         started = time.monotonic()
         job, is_computed = run.ensure_results()
         # What stands under a name now may be another input than the one that was answered.
         is_readable = input_path != STDIN and (is_computed or name is None)
         prompts = _first_prompts(Source(Path(input_path), reading), model_names) if is_readable else {}
-        run.write(job, output, prompts, None if not is_computed else time.monotonic() - started)
+        run.write(job, prompts, None if not is_computed else time.monotonic() - started)
 
 
 class _Run:
@@ -103,7 +113,9 @@ class _Run:
         model_names: tuple[str, ...],
         interrupts: Interrupts,
         retry_errors: bool,
+        writing: "_Writing",
     ) -> None:
+        self._writing = writing
         self._settings = settings
         self._folder = folder
         self._source = source
@@ -132,18 +144,18 @@ class _Run:
             self._say_how_to_go_on()
             raise
 
-    def write(self, job: "Job", output: str, prompts: dict[int, str], seconds: float | None) -> None:
-        """Write all Results to the output, and on stdout (stderr when the Results are there) what became of them."""
-        from cli.summary import Summary, check_any_answer
+    def write(self, job: "Job", prompts: dict[int, str], seconds: float | None) -> None:
+        """Write all Results to the output, if they are not there yet, and on stdout (stderr when the Results are there)
+        what became of them."""
+        from cli.summary import check_any_answer
         from producer.client import Client
 
-        summary = Summary(prompts)
+        writing, summary, output = self._writing, self._writing.summary, self._writing.output
         with Client(self._settings) as client:
             status = client.status(job)
-            with open_output(output) as file:
-                for result in client.results(job, wait=False):
-                    file.write(result)
-                    summary.add(result)
+            if not writing.is_done:
+                with writing.open(job) as file:
+                    file.write(client.results(job, wait=False), summary.add)
         if seconds is None and self._name is not None:
             how = (
                 f"nothing was computed: the Job {self._name!r} ({job.id}) is complete, so the input was not read again"
@@ -152,11 +164,11 @@ class _Run:
             how = f"nothing was computed: all of it was known, as Job {job.id}"
         else:
             how = f"{seconds:,.1f} s, as Job {job.id}; the same command again computes nothing"
-        parts = [summary.text(status, output), how]
-        if output != STDOUT and summary.first_answers():
-            parts += ["", summary.first_answers()]
+        parts = [summary.text(status, shown_output(output, writing.showing)), how]
+        if output != STDOUT and (answers := summary.first_answers(prompts)):
+            parts += ["", answers]
         click.echo("\n".join(parts), err=output == STDOUT)
-        check_any_answer(status, f"they are in {shown_output(output)}")
+        check_any_answer(status, f"they are in {shown_output(writing.showing.errors or output)}")
 
     def _compute(self) -> "Job":
         from cli.progress import Progress
@@ -177,7 +189,8 @@ class _Run:
 
                 try:
                     job = self._submit(client, look)
-                    client.wait(job, on_progress=look)
+                    with self._writing.meanwhile(client, job):
+                        client.wait(job, on_progress=look)
                 except KeyboardInterrupt:
                     progress.say("stopping in order; once more stops at once")
                     raise
@@ -215,6 +228,34 @@ class _Run:
             status = client.status(job) if job is not None else None
         num_results = status.num_ok + status.num_error if status is not None else 0
         click.echo(f"stopped; {num_results:,} results are kept, and the same command goes on from there", err=True)
+
+
+class _Writing:
+    """What is to be written where, `model` being the name the model has for everybody; and what became of it."""
+
+    def __init__(self, output: str, showing: Showing, model: str) -> None:
+        from cli.summary import Summary
+
+        self.output = output
+        self.showing = showing
+        self.summary = Summary()
+        self.is_done = False
+        self._model = model
+
+    def open(self, job: "Job") -> Output:
+        return Output(self.output, self.showing, job, self._model)
+
+    @contextmanager
+    def meanwhile(self, client: "Client", job: "Job") -> Iterator[None]:
+        """Results are written as they finish, if they are wanted so, and all of them are when the context is left."""
+        from cli.collector import Collector
+
+        if self.showing.order == "input":
+            yield
+            return
+        with self.open(job) as file, Collector(client, job, file, self.summary.add):
+            yield
+        self.is_done = True
 
 
 def _name_by_content(settings: Settings) -> Settings:

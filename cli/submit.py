@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import job_option, reading_options, retry_option, sampling_options
-from cli.output import STDIN, STDOUT, check_output, open_output, shown_output
+from cli.options import job_option, reading_options, retry_option, sampling_options, showing_options
+from cli.output import STDIN, STDOUT, Output, Showing, check_output, shown_output
 from protocol.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 @click.argument("input_path", metavar="FILE", type=click.Path(allow_dash=True))
 @click.option("--wait", is_flag=True, help="Stay until the Job has ended.")
 @click.option(
-    "-o", "--output", metavar="FILE", help="Write the Results there at the end; - is stdout. Includes --wait."
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Write the Results there at the end, as its suffixes say; - is stdout, as JSON lines. Includes --wait.",
 )
 @retry_option
 @job_option
 @reading_options
+@showing_options
 @sampling_options
 def command(
     input_path: str,
@@ -31,6 +35,7 @@ def command(
     retry_errors: bool,
     name: str | None,
     reading: "Reading",
+    showing: Showing,
     params: SamplingParams,
 ) -> None:
     """Put a file's prompts into the queue as one Job, and print the Job's id.
@@ -44,6 +49,7 @@ def command(
     Example:
       millrace submit prompts.jsonl --max-tokens 100 --wait -o results.jsonl
     """
+    from cli.collector import Collector
     from cli.progress import Progress
     from cli.summary import Summary, check_any_answer
     from producer.client import Client
@@ -53,7 +59,7 @@ def command(
     if name is None:
         source.check()
     if output is not None:
-        check_output(output, input_path)
+        check_output(output, input_path, showing)
     with Client() as client, Progress() as progress:
         known = client.find_same(source, name=name, params=params)
         if name is not None and known is not None and known.state != "submitting":
@@ -73,10 +79,12 @@ def command(
             check_any_answer(client.wait(job, on_progress=progress.show_status), "`millrace results` shows them")
             return
         summary = Summary()
-        with open_output(output) as file:
-            status = client.wait(job, on_progress=progress.show_status)
-            for result in client.results(job, wait=False):
-                file.write(result)
-                summary.add(result)
-    click.echo(summary.text(status, output), err=True)
-    check_any_answer(status, f"they are in {shown_output(output)}")
+        with Output(output, showing, job) as file:
+            if showing.order == "finished":
+                with Collector(client, job, file, summary.add):
+                    status = client.wait(job, on_progress=progress.show_status)
+            else:
+                status = client.wait(job, on_progress=progress.show_status)
+                file.write(client.results(job, wait=False), summary.add)
+    click.echo(summary.text(status, shown_output(output, showing)), err=True)
+    check_any_answer(status, f"they are in {shown_output(showing.errors or output)}")

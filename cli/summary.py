@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import click
 
-from cli.output import shown_output
 from producer.client import RETRIABLE_CODES
 from protocol.requests import Result
 from storage.jobs import JobStatus
@@ -17,10 +16,9 @@ _MAX_WIDTH = 100
 
 
 class Summary:
-    """`prompts` are the texts of the first lines, to be shown beside their answers."""
+    """Takes in Results one by one, and shows them as one."""
 
-    def __init__(self, prompts: Mapping[int, str] | None = None) -> None:
-        self._prompts = prompts or {}
+    def __init__(self) -> None:
         self._errors: Counter[str] = Counter()
         self._first: list[Result] = []
 
@@ -31,7 +29,7 @@ class Summary:
         elif len(self._first) < _NUM_SHOWN:
             self._first.append(result)
 
-    def text(self, status: JobStatus, output: str) -> str:
+    def text(self, status: JobStatus, place: str) -> str:
         """Numbers, then where the Results are."""
         known = f" ({status.num_cached:,} known already)" if status.num_cached else ""
         lines = [f"{_counted(status.num_ok + status.num_error, 'result')}: {_counted(status.num_ok, 'answer')}{known}"]
@@ -48,15 +46,15 @@ class Summary:
             lines.append(
                 f"{_counted(num_retriable, 'error')} may go away: the same command with --retry-errors tries again"
             )
-        lines.append(f"written to {shown_output(output)}")
+        lines.append(f"written to {place}")
         return "\n".join(lines)
 
-    def first_answers(self) -> str:
+    def first_answers(self, prompts: Mapping[int, str]) -> str:
         """Prompt and answer of the first lines, shortened; empty when there is no answer at all."""
         shown: list[str] = []
         for result in self._first:
             assert result.answer is not None
-            shown += _excerpt(f"{result.line}: ", self._prompts.get(result.line, ""))
+            shown += _excerpt(f"{result.line}: ", prompts.get(result.line, ""))
             shown += _excerpt("-> ", result.answer.text)
         return "\n".join(shown)
 

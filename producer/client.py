@@ -110,8 +110,8 @@ class Client:
 
         The same means equal content, `params` and model; with a `name`, that name alone, which a source that can be
         read only once needs. `params` hold where a line says nothing. A line may ask for a model by one of
-        `model_names` (default: the served name). `on_progress` is told the number of the last line that is in. With
-        `retry_errors` the Job's errors are tried again as by `retry`.
+        `model_names` (default: the served name), and by what the source's Reading maps to one of them. `on_progress` is
+        told the number of the last line that is in. With `retry_errors` the Job's errors are tried again as by `retry`.
 
         Raises InvalidRequest for `params` out of range, ConfigurationError for a source that cannot be read or needs a
         name, DamagedInput for one that breaks off, whose lines before are in, SubmissionConflict when the name stands
@@ -120,6 +120,7 @@ class Client:
         params.validate()
         content = source if isinstance(source, Source) else Source(source)
         model = self.settings.served_model
+        names = content.model_names(model_names or (model,))
         identity = self._identity(content, name, params)
         if self.find_same(content, name=name, params=params) is None:
             content.check()  # a Job that has all its lines does without its input
@@ -127,7 +128,7 @@ class Client:
         self._check_same(job, params)
         if job.state == "submitting":
             try:
-                self._take_in(job, content, model_names or (model,), on_progress)
+                self._take_in(job, content, names, on_progress)
             except DamagedInput as error:
                 position = intake_position(self._ledger, job.id)
                 raise DamagedInput(

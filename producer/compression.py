@@ -3,6 +3,8 @@
 import gzip
 import io
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, cast
 
 import zstandard
@@ -27,6 +29,21 @@ def decompressed(file: BinaryIO, compression: Compression | None) -> BinaryIO:
     if compression == "zstd":
         return cast(BinaryIO, io.BufferedReader(_ZstdReader(file), _BUFFER_BYTES))
     return file
+
+
+@contextmanager
+def compressed(file: BinaryIO, compression: Compression | None) -> Iterator[BinaryIO]:
+    """What is written to the stream goes into the file, which stays open; it is whole when the context ends."""
+    if compression is None:
+        yield file
+        return
+    if compression == "gzip":
+        # No time and no name: equal Results are equal bytes.
+        stream = cast(BinaryIO, gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0))
+    else:
+        stream = cast(BinaryIO, zstandard.ZstdCompressor(_ZSTD_LEVEL).stream_writer(file, closefd=False))
+    with stream:
+        yield stream
 
 
 class _ZstdReader(io.RawIOBase):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from producer.results_file import encode_result
+from producer.result_line import encode_result
 from protocol.errors import ConfigurationError
 from protocol.requests import Result
 

@@ -1,7 +1,7 @@
 """What makes two submissions the same Job: equal input, equal parameters, equal model."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -40,6 +40,9 @@ def lines_digest(lines: Iterable[bytes]) -> str:
     return total.hexdigest()
 
 
-def table_digest(content_digest: str, file_format: FileFormat, columns: Columns) -> str:
-    """SHA-256 of a table and of what is asked of it: with other columns it is another input."""
-    return hashlib.sha256(_encode([content_digest, file_format.kind, columns.prompt, columns.id])).hexdigest()
+def reading_digest(content_digest: str, file_format: FileFormat, columns: Columns, model_map: Mapping[str, str]) -> str:
+    """SHA-256 of a content and of how it is read: with other columns or other models it is another input."""
+    if file_format.kind == "jsonl" and not model_map:
+        return content_digest
+    reading = [file_format.kind, columns.prompt, columns.id, sorted(model_map.items())]
+    return hashlib.sha256(_encode([content_digest, reading])).hexdigest()

@@ -1,177 +1,149 @@
-"""ResultsFile: a Job's Results as JSONL, one object per sample in the order of the input; all of them or no file.
-
-Every object has the same keys: `line` and `sample` say which, `custom_id` is the caller's; `text`, `finish_reason` and
-`usage` are null in an error, `error` is null in an answer; `cached` says that nothing was computed for it; `params` are
-the resolved parameters, null when the line was refused before they were known. `logprobs` is there only where they were
-asked for, in OpenAI's shape. `score` is there for lines of kind score and for prompt_logprobs: protocol.scores.Score.
-`embedding` is there for lines of kind embed: numbers, or base64 where that was asked for; `classification` for lines of
-kind classify, whose `text` is the label: protocol.pooling.Classification. `user`, `metadata` and `store` are there for
-lines that have them.
-"""
+"""ResultsFile: a Job's Results in a file, in the format its name asks for; all of them or no file."""
 
 import contextlib
-import os
-import stat
-import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO, Literal, Protocol
 
-import msgspec
-
+from producer.batch_result import encode_batch_result
+from producer.compression import compressed
+from producer.file_format import FileFormat, format_of
+from producer.line_results import whole_lines
+from producer.parquet_rows import import_pyarrow
+from producer.replaced_file import ReplacedFile
+from producer.result_line import encode_result
+from producer.result_table import CsvResults, ParquetResults
 from protocol.errors import ConfigurationError
-from protocol.logprobs import Logprobs, unpack_logprobs
-from protocol.pooling import Classification, show_embedding, unpack_classification
-from protocol.requests import Failure, Result
-from protocol.sampling import ResolvedParams
-from protocol.scores import Score, unpack_score
+from protocol.requests import Result
+from storage.jobs import Job
+
+#: `flat` is an object or a row for each sample, `openai` one object for each line.
+ResultFormat = Literal["flat", "openai"]
 
 
-class Usage(msgspec.Struct, frozen=True):
-    """Tokens, as OpenAI counts them."""
+class ResultWriter(Protocol):
+    """Writes Results in one format; what `close` has not been called on is not complete."""
 
-    prompt_tokens: int
-    completion_tokens: int
+    def write(self, results: Sequence[Result]) -> None: ...
 
-
-class ResultLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the file; the fields' order is the keys' order."""
-
-    line: int
-    sample: int
-    custom_id: str | None
-    text: str | None
-    finish_reason: str | None
-    usage: Usage | None
-    cached: bool
-    error: Failure | None
-    params: ResolvedParams | None
-    logprobs: Logprobs | msgspec.UnsetType = msgspec.UNSET
-    score: Score | msgspec.UnsetType = msgspec.UNSET
-    embedding: list[float] | str | msgspec.UnsetType = msgspec.UNSET
-    classification: Classification | msgspec.UnsetType = msgspec.UNSET
-    user: str | msgspec.UnsetType = msgspec.UNSET
-    metadata: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
-    store: bool | msgspec.UnsetType = msgspec.UNSET
+    def close(self) -> None: ...
 
 
-_encode = msgspec.json.Encoder().encode
+class FlatResults:
+    """An object for each sample."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, results: Sequence[Result]) -> None:
+        self._file.write(b"".join(map(encode_result, results)))
+
+    def close(self) -> None:
+        pass
 
 
-def encode_result(result: Result) -> bytes:
-    """The Result's line, line break included."""
-    answer = result.answer
-    line = ResultLine(
-        line=result.line,
-        sample=result.sample,
-        custom_id=result.custom_id,
-        text=None if answer is None else answer.text,
-        finish_reason=None if answer is None else answer.finish_reason,
-        usage=None if answer is None else Usage(answer.prompt_tokens, answer.completion_tokens),
-        cached=result.is_cached,
-        error=result.failure,
-        params=result.params,
-        logprobs=msgspec.UNSET if answer is None or answer.logprobs is None else unpack_logprobs(answer.logprobs),
-        score=msgspec.UNSET if answer is None or answer.score is None else unpack_score(answer.score),
-        embedding=_embedding(result),
-        classification=msgspec.UNSET
-        if answer is None or answer.classification is None
-        else unpack_classification(answer.classification),
-        **({} if result.carried is None else msgspec.json.decode(result.carried)),
-    )
-    return _encode(line) + b"\n"
+class BatchResults:
+    """OpenAI's object for each line: what is written at a time are all of its Results."""
+
+    def __init__(self, file: BinaryIO, job: Job, model: str) -> None:
+        self._file = file
+        self._job = job
+        self._model = model
+
+    def write(self, results: Sequence[Result]) -> None:
+        self._file.write(encode_batch_result(results, self._job, self._model))
+
+    def close(self) -> None:
+        pass
 
 
-def _embedding(result: Result) -> list[float] | str | msgspec.UnsetType:
-    if result.answer is None or result.answer.embedding is None:
-        return msgspec.UNSET
-    is_base64 = result.params is not None and result.params.encoding_format == "base64"
-    return show_embedding(result.answer.embedding, "base64" if is_base64 else "float")
+class ResultShape:
+    """How Results are shown; OpenAI's objects name the Job and the model, by its own name by default."""
+
+    def __init__(self, result_format: ResultFormat = "flat", job: Job | None = None, model: str | None = None) -> None:
+        self._format = result_format
+        self._job = job
+        self._model = model
+
+    def check(self, file_format: FileFormat) -> None:
+        """Raises ConfigurationError for a kind of file that cannot have this shape."""
+        if self._format == "openai" and file_format.kind != "jsonl":
+            raise ConfigurationError(
+                f"OpenAI's format is JSON lines, not {file_format.kind}: name the file .jsonl, or take --format flat"
+            )
+
+    def writer(self, file: BinaryIO, file_format: FileFormat) -> ResultWriter:
+        """For a file of this format. Raises ConfigurationError when it does not fit or needs what is not installed."""
+        self.check(file_format)
+        if file_format.kind == "csv":
+            return CsvResults(file)
+        if file_format.kind == "parquet":
+            return ParquetResults(file)
+        if self._format == "flat":
+            return FlatResults(file)
+        assert self._job is not None, "OpenAI's format needs the Job"
+        return BatchResults(file, self._job, self._model or self._job.model)
+
+    def pieces(self, results: Iterable[Result], *, is_in_order: bool) -> Iterator[list[Result]]:
+        """What is written at a time: each Result, or those of a line together."""
+        if self._format == "flat":
+            return ([result] for result in results)
+        return whole_lines(results, is_in_order=is_in_order)
+
+
+FLAT = ResultShape()
 
 
 class ResultsFile:
     """A context manager: what is written within appears under `path` at once at the end, or, after an error, not.
 
-    Creates the folder. Raises ConfigurationError when the file cannot be written, as far as that can be known on
-    entering.
+    The name's suffixes choose JSON lines, CSV or Parquet, and gzip or zstd for the first two. Creates the folder.
+    Raises ConfigurationError when the file cannot be written, as far as that can be known on entering.
     """
 
-    def __init__(self, path: Path) -> None:
-        # A link stays a link: its target is what is replaced.
-        self._path = Path(os.path.realpath(path))
-        self._temporary: Path | None = None
-        self._file: BinaryIO | None = None
+    def __init__(self, path: Path, shape: ResultShape = FLAT) -> None:
+        self._target = ReplacedFile(path)
+        self._shape = shape
+        self._format = format_of(path.name)
+        self._stack = ExitStack()
+        self._writer: ResultWriter | None = None
 
     def __enter__(self) -> "ResultsFile":
-        try:
-            if self._path.is_dir():
-                raise ConfigurationError(f"cannot write the results to {self._path}: it is a folder, name a file in it")
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if self._path.exists() and not stat.S_ISREG(self._path.stat().st_mode):
-                self._file = self._path.open("wb")  # a pipe or a device cannot be replaced
-                return self
-            # Beside the target, since a rename works only within one file system.
-            handle, name = tempfile.mkstemp(prefix=f".{self._path.name}.", suffix=".tmp", dir=self._path.parent)
-            self._temporary, self._file = Path(name), os.fdopen(handle, "wb")
-            self._temporary.chmod(0o666 & ~_umask())
-        except OSError as error:
-            raise self._trouble(error) from error
+        with ExitStack() as stack:
+            file = stack.enter_context(compressed(stack.enter_context(self._target), self._format.compression))
+            self._writer = self._shape.writer(file, self._format)
+            self._stack = stack.pop_all()
         return self
 
     def check(self) -> None:
         """Raises ConfigurationError when the file could not be written: to be asked before hours of work."""
-        if not self._path.exists() or self._path.is_dir() or self._path.is_file():
-            self.__enter__()
-            self._discard()
+        self._shape.check(self._format)
+        if self._format.kind == "parquet":
+            import_pyarrow()
+        self._target.check()
 
-    def write(self, result: Result) -> None:
-        """Add one Result. Raises ConfigurationError when it cannot be written, as on a full disk."""
-        assert self._file is not None
+    def write(self, *results: Result) -> None:
+        """Add Results, of the format openai all of a line's. Raises ConfigurationError when they cannot be written, as
+        on a full disk."""
+        assert self._writer is not None
         try:
-            self._file.write(encode_result(result))
+            self._writer.write(results)
         except OSError as error:
-            raise self._trouble(error) from error
+            raise self._target.trouble(error) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._file is not None
-        try:
-            if error is None:
-                self._complete(self._file)
-        except OSError as trouble:
-            raise self._trouble(trouble) from trouble
-        finally:
-            self._discard()
-
-    def _trouble(self, error: OSError) -> ConfigurationError:
-        return ConfigurationError(f"cannot write the results to {self._path}: {error.strerror}")
-
-    def _discard(self) -> None:
-        assert self._file is not None
-        with contextlib.suppress(OSError):
-            self._file.close()
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
-            self._temporary = None
-
-    def _complete(self, file: BinaryIO) -> None:
-        file.flush()
-        if self._temporary is None:
+        assert self._writer is not None
+        if error is not None:
+            with contextlib.suppress(Exception):
+                self._writer.close()  # a writer that is left open would do that when it is collected
+            self._stack.__exit__(kind, error, traceback)
             return
-        os.fsync(file.fileno())
-        os.replace(self._temporary, self._path)
-        self._temporary = None
-        # The rename itself is on disk only when the folder is.
-        folder = os.open(self._path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _umask() -> int:
-    # It can only be read by setting it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+            with self._stack:
+                self._writer.close()
+        except OSError as trouble:
+            raise self._target.trouble(trouble) from trouble

@@ -3,9 +3,9 @@
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -13,7 +13,7 @@ from producer.columns import ALL_DEFAULTS, Columns
 from producer.compression import DAMAGES, decompressed
 from producer.csv_rows import CsvRows
 from producer.file_format import FileFormat, format_of
-from producer.identity import file_digest, lines_digest, table_digest
+from producer.identity import file_digest, lines_digest, reading_digest
 from producer.lines import encode_item
 from producer.parquet_rows import ParquetRows, seekable
 from producer.raw_lines import RawLine, split_lines
@@ -25,11 +25,13 @@ Input = str | Path | BinaryIO | Iterable[str | Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How a file is read. `file_format` is by default what a path's suffixes say, and JSON lines for an open file;
-    `columns` are those of a CSV or Parquet file."""
+    """How an input is read. `file_format` is by default what a path's suffixes say, and JSON lines for an open file;
+    `columns` are those of a CSV or Parquet file. `model_map` has the names of models that lines may ask for besides the
+    served one's, each with the served one's, which is the one to answer them."""
 
     file_format: FileFormat | None = None
     columns: Columns = ALL_DEFAULTS
+    model_map: Mapping[str, str] = field(default_factory=dict)
 
 
 AS_NAMED = Reading()
@@ -48,6 +50,7 @@ class Source:
         self._seen: tuple[int, int] | None = None
         self._digest: str | None = None
         self._columns = reading.columns
+        self._model_map = reading.model_map
         if self._path is None and self._file is None:
             items = (encode_item(item) for item in cast(Iterable[str | Mapping[str, Any]], given))
             self._items = list(items) if isinstance(given, list | tuple) else items
@@ -61,8 +64,22 @@ class Source:
     def __str__(self) -> str:
         return "the input" if self._path is None else f"the input {self._path}"
 
+    def model_names(self, served: Sequence[str]) -> Sequence[str]:
+        """What lines may ask for: the served model's names, and what is mapped to one of them.
+
+        Raises ConfigurationError for what is mapped to another model.
+        """
+        for asked, answers in self._model_map.items():
+            if answers not in served:
+                raise ConfigurationError(
+                    f"{asked!r} is mapped to the model {answers!r}, but the one that is served is {served[0]!r}: map "
+                    "it to that"
+                )
+        return (*served, *self._model_map)
+
     def digest(self) -> str:
-        """SHA-256 of the content. Raises ConfigurationError for what can be read only once, or not at all."""
+        """SHA-256 of the content and of how it is read. Raises ConfigurationError for what can be read only once, or
+        not at all."""
         if self._digest is None:
             self._digest = self._read_digest()
         return self._digest
@@ -121,14 +138,12 @@ class Source:
 
     def _read_digest(self) -> str:
         if isinstance(self._items, list) and self._path is None and self._file is None:
-            return lines_digest(self._items)
+            return reading_digest(lines_digest(self._items), self._format, self._columns, self._model_map)
         if self._path is not None:
             status = self._status(self._path)
             if stat.S_ISREG(status.st_mode):
                 self._seen = (status.st_size, status.st_mtime_ns)
-                content = file_digest(self._path)
-                # A table is another input when its other columns are asked.
-                return content if self._format.kind == "jsonl" else table_digest(content, self._format, self._columns)
+                return reading_digest(file_digest(self._path), self._format, self._columns, self._model_map)
         raise ConfigurationError(
             "an input that can be read only once needs a name, under which it can be resumed: --job NAME, or name= in "
             "Python"

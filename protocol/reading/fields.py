@@ -94,8 +94,8 @@ def check_model(asked: object, model_names: Sequence[str]) -> None:
         raise InvalidRequest("invalid_type", f"model must be a string, not {type_name(asked)}")
     raise InvalidRequest(
         "unknown_model",
-        f"the line asks for model {asked!r}, but this Job's is {model_names[0]!r}: leave model out of the line, or set "
-        "model_name to the name the lines ask for",
+        f"the line asks for model {asked!r}, but this Job's is {model_names[0]!r}: leave model out of the line, or map "
+        f"it: --model-map {asked}={model_names[0]}",
     )
 
 

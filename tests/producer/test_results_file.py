@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from producer.results_file import ResultsFile, encode_result
+from producer.result_line import encode_result
+from producer.results_file import ResultsFile
 from protocol.errors import ConfigurationError
 from protocol.logprobs import pack_logprobs, unpack_logprobs
 from protocol.pooling import pack_classification
