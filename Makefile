@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test check format docs clean
+.PHONY: help setup demo bench-queue test check format docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## Answer examples/prompts.jsonl with the bundled model, on whatever this machine has
 	$(BIN)/millrace run examples/prompts.jsonl -o out/results.jsonl
+
+bench-queue: $(STAMP)  ## Prompts per second through the queue, against plain Celery
+	$(BIN)/python -m benchmarks.bench_queue
 
 test: $(STAMP)  ## Run all tests
 	$(BIN)/python -m pytest
