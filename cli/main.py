@@ -11,6 +11,7 @@ from protocol.errors import MillraceError
 COMMANDS = (
     *("run", "migrate", "worker"),
     *("submit", "jobs", "status", "results", "verify", "cancel", "delete", "prune"),
+    "dead-letters",
     "doctor",
 )
 #: What a shell reports for a program that Ctrl-C ended.
@@ -26,7 +27,7 @@ class CommandGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

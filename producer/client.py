@@ -4,7 +4,7 @@ Needs neither torch nor a running worker; while the broker is away it goes on, s
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import get_args
 
@@ -17,10 +17,17 @@ from producer.lines import LineReader
 from producer.source import Input, Source
 from producer.wakeups import Wakeups
 from protocol.errors import ConfigurationError, DamagedInput, JobNotFound, SubmissionConflict
-from protocol.requests import Result
+from protocol.requests import Request, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
 from storage.completeness import Verification, verify
+from storage.dead_letters import (
+    DEAD_CODES,
+    DeadLetter,
+    drop_dead_letters,
+    find_dead_letter,
+    list_dead_letters,
+)
 from storage.deletion import delete_job, find_job_to_delete
 from storage.jobs import (
     Job,
@@ -150,6 +157,30 @@ class Client:
         if num_reopened:
             self.announce(job_id)
         return num_reopened
+
+    def dead_letters(self, job: Job | str | None = None) -> list[DeadLetter]:
+        """Requests that were given up: of one Job, or all; the newest first. Raises JobNotFound."""
+        job_id = None if job is None else self._id(job)
+        return list_dead_letters(self._ledger, self.settings.tenant, job_id)
+
+    def dead_letter(self, job: Job | str, line: int) -> tuple[list[DeadLetter], Request]:
+        """A line's samples that were given up, and its Request. Raises JobNotFound and DeadLetterNotFound."""
+        return find_dead_letter(self._ledger, self._id(job), line)
+
+    def replay(self, job: Job | str, lines: Collection[int] | None = None) -> int:
+        """Have the Job's dead letters, or those of these lines, computed again; returns how many Results that was.
+
+        Those in Chunks that are being worked on right now stay, as do those of a cancelled Job. Raises JobNotFound.
+        """
+        job_id = self._id(job)
+        num_reopened = reopen_errors(self._ledger, job_id, DEAD_CODES, lines=lines)
+        if num_reopened:
+            self.announce(job_id)
+        return num_reopened
+
+    def drop_dead_letters(self, job: Job | str, lines: Sequence[int] | None = None) -> int:
+        """Forget the Job's dead letters, or those of these lines; their errors stay. Raises JobNotFound."""
+        return drop_dead_letters(self._ledger, self._id(job), lines)
 
     def find_same(
         self, source: Input | Source, *, name: str | None = None, params: SamplingParams = UNSET_PARAMS

@@ -6,6 +6,7 @@ MillraceError
 │   ├── ConfigurationError   settings, files or models that do not fit together
 │   ├── DamagedInput         a file that breaks off or is corrupt: what was read before stands
 │   ├── JobNotFound          no Job under that id or name
+│   ├── DeadLetterNotFound   no Request was given up there
 │   ├── JobNotEnded          the Job is still being submitted or worked on
 │   ├── StateLocked          another run holds the state folder
 │   └── SubmissionConflict   the Job got these lines from somebody else, or takes no more
@@ -51,6 +52,10 @@ class JobNotFound(CallerError):
 
 class JobNotEnded(CallerError):
     """The Job is still being submitted or worked on."""
+
+
+class DeadLetterNotFound(CallerError):
+    """No Request was given up there."""
 
 
 class StateLocked(CallerError):

@@ -17,12 +17,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from protocol.errors import ConfigurationError
+from protocol.faults import FAULT_VARIABLE
 
 ENV_PREFIX = "MILLRACE_"
 CONFIG_VARIABLE = "MILLRACE_CONFIG"
 DEFAULT_CONFIG_FILE = "millrace.toml"
 #: Set by a supervising parent for its own child, so it is no setting: the descriptor whose end-of-file means "stop".
 PARENT_FD_VARIABLE = "MILLRACE_PARENT_FD"
+_NO_SETTINGS = (CONFIG_VARIABLE, PARENT_FD_VARIABLE, FAULT_VARIABLE)
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 #: The least and the most of every number. The most is where the next one to hold it would break: a database's integer,
@@ -36,6 +38,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "answers_ttl_seconds": (0.001, 10 * 366 * 86_400),
     "answers_max_bytes": (0, 2**53),
     "engine_start_seconds": (0.1, 7 * 86_400),
+    "engine_hang_seconds": (0.1, 7 * 86_400),
+    "drain_seconds": (0, 7 * 86_400),
     "engine.max_model_len": (2, 2**31 - 1),
     "engine.kv_tokens": (1, 2**53),
     "engine.memory_fraction": (0.01, 1),
@@ -128,6 +132,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Size of the hot copy in Redis at most."""
     engine_start_seconds: float = 600.0
     """How long a model may take to load."""
+    engine_hang_seconds: float | None = None
+    """An engine that has work and finishes no step for so long is killed; unset: 60 on CUDA, 600 on a CPU."""
+    drain_seconds: float = 20.0
+    """How long a worker that is to stop goes on with what it has begun, before it gives the rest back."""
     log_level: str = "INFO"
     """The lowest level that a worker logs."""
 
@@ -178,7 +186,7 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[s
     environ = os.environ if environ is None else environ
     values = _read_toml(environ)
     for name, text in environ.items():
-        if name.startswith(ENV_PREFIX) and name not in (CONFIG_VARIABLE, PARENT_FD_VARIABLE):
+        if name.startswith(ENV_PREFIX) and name not in _NO_SETTINGS:
             _place(values, _dotted(name), text, source=f"the variable {name}")
     for dotted, value in (overrides or {}).items():
         if value is not None:

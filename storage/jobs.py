@@ -10,6 +10,7 @@ import msgspec
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Delete,
     Row,
     Select,
     bindparam,
@@ -28,6 +29,7 @@ from protocol.sampling import SamplingParams
 from storage import digest
 from storage.clock import now
 from storage.completeness import NO_PROOF, close_proof
+from storage.dead_letters import delete_dead_letters
 from storage.insertion import insert_new
 from storage.leases import lock_chunks
 from storage.ledger import Ledger
@@ -266,8 +268,10 @@ def close_job_if_done(ledger: Ledger, job_id: str) -> bool:
     return is_done and ledger.write(work)
 
 
-def reopen_errors(ledger: Ledger, job_id: str, codes: Collection[str]) -> int:
+def reopen_errors(ledger: Ledger, job_id: str, codes: Collection[str], *, lines: Collection[int] | None = None) -> int:
     """Take back the errors with these codes, so that their Requests are done again; returns how many Results that was.
+
+    With `lines` those of these lines alone. A dead letter goes with its error.
 
     Chunks that get work to do wait again, and their finished Job runs again. Left as they are: lines refused at
     intake, of which there is no Request; Chunks that are leased, whose owner would not notice, until they are given
@@ -277,10 +281,16 @@ def reopen_errors(ledger: Ledger, job_id: str, codes: Collection[str]) -> int:
     failed = select(chunks.c.id, chunks.c.first_line, chunks.c.last_line).order_by(chunks.c.first_line)
     failed = failed.where(chunks.c.job_id == job_id, chunks.c.num_error > 0).limit(_REOPENED)
     ledger.read(lambda connection: _job_by_id(connection, job_id))
+    # Attempt 0 is the intake's.
+    taken_back = delete(results).where(
+        results.c.job_id == job_id, results.c.error_code.in_(codes), results.c.attempt > 0
+    )
+    if lines is not None:
+        taken_back = taken_back.where(results.c.line.in_(lines))
     num_reopened = position = 0
     while True:
         page = ledger.read(partial(_rows, failed.where(chunks.c.first_line > position)))
-        num_reopened += _reopen(ledger, job_id, page, codes)
+        num_reopened += _reopen(ledger, job_id, page, taken_back)
         if len(page) < _REOPENED:
             return num_reopened
         position = page[-1].first_line
@@ -305,15 +315,11 @@ def cancel_job(ledger: Ledger, job_id: str) -> bool:
     return ledger.write(work)
 
 
-def _reopen(ledger: Ledger, job_id: str, page: Sequence[Row[Any]], codes: Collection[str]) -> int:
-    # The Job first, then its Chunks, as when it is cancelled. Attempt 0 is the intake's.
+def _reopen(ledger: Ledger, job_id: str, page: Sequence[Row[Any]], taken_back: Delete) -> int:
+    # The Job first, then its Chunks, as when it is cancelled.
     locked = select(jobs.c.state).where(jobs.c.id == job_id).with_for_update(key_share=True)
     spans = {row.id: results.c.line.between(row.first_line, row.last_line) for row in page}
-    taken_back = (
-        delete(results)
-        .where(results.c.job_id == job_id, results.c.error_code.in_(codes), results.c.attempt > 0)
-        .returning(*RESULT_COLUMNS)
-    )
+    returning = taken_back.returning(*RESULT_COLUMNS)
     waiting = {"state": "waiting", "owner": None, "leased_until": None}
     reopened = update(jobs).where(jobs.c.id == job_id, jobs.c.state == "finished")
     most = 0
@@ -326,8 +332,9 @@ def _reopen(ledger: Ledger, job_id: str, page: Sequence[Row[Any]], codes: Collec
         for chunk_id, held in lock_chunks(connection, spans).items():
             if held.state == "leased":
                 continue
-            gone = [to_result(*row) for row in connection.execute(taken_back.where(spans[chunk_id]))]
+            gone = [to_result(*row) for row in connection.execute(returning.where(spans[chunk_id]))]
             if gone:
+                delete_dead_letters(connection, job_id, gone)
                 left = {"num_error": chunks.c.num_error - len(gone), "digest": digest.subtracted(held.digest, gone)}
                 connection.execute(update(chunks).where(chunks.c.id == chunk_id).values(**left, **waiting))
             total += len(gone)

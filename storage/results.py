@@ -14,6 +14,7 @@ from protocol.requests import Answer, Endpoint, Failure, Result
 from protocol.sampling import ResolvedParams
 from storage import digest
 from storage.answers import ANSWER_COLUMNS, insert_answers, to_answer
+from storage.dead_letters import insert_dead_letters
 from storage.insertion import insert_new
 from storage.leases import Held, Lease, lock_chunks
 from storage.ledger import Ledger
@@ -194,6 +195,7 @@ def _commit(connection: Connection, commits: Sequence[ChunkCommit]) -> set[int]:
         if stored:
             chunk_id = each.lease.chunk_id
             digests[chunk_id] = digest.added(digests[chunk_id], stored)
+            insert_dead_letters(connection, each.lease.job_id, chunk_id, stored)
             added.append({"chunk": chunk_id, "new_digest": digests[chunk_id], **_added(stored)})
     if added:
         connection.execute(_COUNT, added)

@@ -190,6 +190,18 @@ results = Table(
     Column("attempt", Integer, nullable=False),  # the Chunk's attempt that wrote it; 0: refused at intake
 )
 
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("line", BigInteger, primary_key=True, autoincrement=False),
+    Column("sample", Integer, primary_key=True, autoincrement=False),
+    Column("chunk_id", _RowId, nullable=False),  # in whose chunk_requests the Request is
+    Column("code", String(64), nullable=False),  # the Result's error_code
+    Column("reason", FreeText, nullable=False),  # and its error_message
+    Column("created_at", Double, nullable=False),
+)
+
 answers = Table(
     "answers",
     metadata,

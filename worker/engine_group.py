@@ -26,7 +26,9 @@ class EngineGroup:
         module: str,
         num_engines: int | None,
         start_timeout_s: float,
+        hang_s: float | None,
         *,
+        has_work: Callable[[int], bool],
         on_ready: Callable[[int, Callable[[], None]], None],
         on_step: Callable[[StepFrame], None],
         on_death: Callable[[int], None],
@@ -38,6 +40,7 @@ class EngineGroup:
         self._module = module
         self._num_engines = num_engines
         self._start_timeout_s = start_timeout_s
+        self._hang_s, self._has_work = hang_s, has_work
         self._on_ready, self._on_step, self._on_death, self._on_fatal = on_ready, on_step, on_death, on_fatal
         self._links: list[EngineLink] = []
 
@@ -72,6 +75,8 @@ class EngineGroup:
             settings,
             self._module,
             self._start_timeout_s,
+            self._hang_s,
+            has_work=partial(self._has_work, number),
             on_ready=partial(self._on_ready, number),
             on_step=self._on_step,
             on_death=partial(self._on_death, number),

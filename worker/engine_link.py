@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -22,6 +23,14 @@ logger = logging.getLogger("millrace.worker")
 #: Wait before the next start, by the number of starts that failed in a row: a driver needs a moment after a fault.
 _RESTART_DELAYS_S = (0.0, 0.5, 2.0, 5.0, 15.0)
 _STOP_GRACE_S = 5.0
+#: How often the watchdog looks.
+_WATCH_INTERVAL_S = 1.0
+#: How long a step may take without a setting: on a CPU one of a long prompt takes minutes.
+_HANG_S, _HANG_ON_CPU_S = 60.0, 600.0
+
+
+class _Killed(EngineDied):
+    """By a signal, before it had said anything."""
 
 
 class EngineLink:
@@ -38,7 +47,9 @@ class EngineLink:
         settings: EngineSettings,
         module: str,
         start_timeout_s: float,
+        hang_s: float | None,
         *,
+        has_work: Callable[[], bool],
         on_ready: Callable[[Callable[[], None]], None],
         on_step: Callable[[StepFrame], None],
         on_death: Callable[[], None],
@@ -47,6 +58,9 @@ class EngineLink:
         self._settings = settings
         self._module = module
         self._start_timeout_s = start_timeout_s
+        self._hang_s = hang_s
+        self._has_work = has_work
+        self._progress_at = time.monotonic()  # when a step was finished, or there was nothing to do
         self._on_ready, self._on_step, self._on_death, self._on_fatal = on_ready, on_step, on_death, on_fatal
         self._process: subprocess.Popen[bytes] | None = None
         self._spawned: socket.socket | None = None  # to a process that is not ready yet
@@ -66,10 +80,13 @@ class EngineLink:
     def start(self) -> EngineReady:
         """Blocks until the model is loaded. Raises ConfigurationError or EngineDied when it cannot be."""
         assert self._spawned is not None, "spawn first"
-        ready = self._await_ready(self._spawned)
+        ready = self._first_ready()
         self._fingerprint = ready.fingerprint
+        if self._hang_s is None:
+            self._hang_s = _HANG_S if ready.device.startswith("cuda") else _HANG_ON_CPU_S
         self._connect(self._spawned)
         self._thread.start()
+        threading.Thread(target=self._watch, name="engine-watchdog", daemon=True).start()
         return ready
 
     def send(self, intake: Intake) -> None:
@@ -101,6 +118,20 @@ class EngineLink:
             )
         return ours
 
+    def _first_ready(self) -> EngineReady:
+        delays = iter(_RESTART_DELAYS_S)
+        while True:
+            assert self._spawned is not None
+            try:
+                return self._await_ready(self._spawned)
+            except _Killed as error:
+                # A signal is somebody else's doing and may not come again; what the engine itself says would.
+                delay_s = next(delays, None)
+                if delay_s is None or self._is_stopping.wait(delay_s):
+                    raise
+                logger.error("%s; starting another", error)
+                self._spawned = self._spawn()
+
     def _await_ready(self, ours: socket.socket) -> EngineReady:
         try:
             ours.settimeout(self._start_timeout_s)
@@ -125,7 +156,8 @@ class EngineLink:
         code = self._reap()
         if isinstance(frame, EngineFailed):
             raise (ConfigurationError if frame.is_callers else EngineDied)(frame.message)
-        raise EngineDied(f"the engine process ended with exit code {code} before it was ready; its log says why")
+        death = _Killed if code is not None and code < 0 else EngineDied
+        raise death(f"the engine process ended with exit code {code} before it was ready; its log says why")
 
     def _environment(self) -> dict[str, str]:
         # Threads that spin at OpenMP's barriers take the cores from the very thread they wait for as soon as anything
@@ -168,6 +200,7 @@ class EngineLink:
                 break
             if isinstance(frame, StepFrame):
                 any_step = True
+                self._progress_at = time.monotonic()
                 self._on_step(frame)
         self._close()
         return any_step
@@ -188,7 +221,20 @@ class EngineLink:
         self._on_ready(lambda: self._connect(sock))
         return True
 
+    def _watch(self) -> None:
+        """Kill an engine that has work and finishes no step; whoever reads its socket sees a death as any other."""
+        assert self._hang_s is not None
+        while not self._is_stopping.wait(min(_WATCH_INTERVAL_S, self._hang_s / 4)):
+            silent_s = time.monotonic() - self._progress_at
+            if self._socket is None or not self._has_work():
+                self._progress_at = time.monotonic()
+            elif silent_s > self._hang_s and self._process is not None:
+                logger.error("the engine has work and has finished no step for %.0f s: killing it", silent_s)
+                self._process.kill()
+                self._progress_at = time.monotonic()
+
     def _connect(self, sock: socket.socket) -> None:
+        self._progress_at = time.monotonic()
         with self._send_lock:
             self._socket = sock
 

@@ -163,6 +163,10 @@ class Generations:
     def num_live(self) -> int:
         return len(self._live)
 
+    def owes(self, engine: int) -> bool:
+        """Whether the engine has work."""
+        return self._loads[engine] > 0
+
     def join(self, piece: Piece) -> Answer | bool:
         """The Answer if it is finished but not yet committed; else whether an equal generation is running."""
         with self._lock:

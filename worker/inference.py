@@ -53,6 +53,8 @@ class Inference:
             engine_module,
             settings.num_engines,
             settings.engine_start_seconds,
+            settings.engine_hang_seconds,
+            has_work=lambda engine: self._generations.owes(engine),
             on_ready=lambda engine, connect: self._generations.resend(connect, engine),
             on_step=lambda frame: self._generations.on_step(frame),
             on_death=lambda engine: self._generations.on_engine_death(engine),

@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 from sqlalchemy import update
 
-from protocol.requests import Answer, Result
+from protocol.requests import Answer, Failure, Result
 from storage.answers import insert_answers
 from storage.clock import now
 from storage.jobs import cancel_job, close_job_if_done
@@ -396,3 +397,29 @@ def test_verify_proves_a_finished_job_and_its_file_and_names_what_is_wrong_with_
     wanted = {"num_rows": 3, "num_missing": 1, "num_altered": 1, "num_surplus": 1, "lines": [1, 2, 3]}
     assert report["file"] == wanted
     assert third
+
+
+def test_dead_letters_are_listed_shown_dropped_and_replayed_by_job_and_line(here: Invoke, database_url: str) -> None:
+    job = here("submit", "prompts.jsonl").stdout.strip()
+    with closing(Ledger(database_url)) as ledger:
+        lease = claim_oldest(ledger, "tiny", "worker", 60, min_age_s=0)
+        assert lease is not None
+        failure = Failure("engine_died", "the engine died of it")
+        commit(ledger, [ChunkCommit(lease, [Result(line=line, failure=failure) for line in (1, 3)], is_finished=True)])
+        close_job_if_done(ledger, lease.job_id)
+
+    listed = here("dead-letters", "list", job).stdout.splitlines()
+    assert [line.startswith(f"{job}  line {number}, sample 0  ") for line, number in zip(listed, (1, 3), strict=True)]
+    assert all(line.endswith("  engine_died: the engine died of it") for line in listed)
+    shown = json.loads(here("dead-letters", "show", job, "3").stdout)
+    assert (shown["request"]["prompt"], [each["line"] for each in shown["samples"]]) == ("Bye", [3])
+    missing = here("dead-letters", "show", job, "2")
+    assert (missing.exit_code, missing.stderr.count("\n")) == (1, 1)
+
+    assert here("dead-letters", "drop", job, "1").stdout == "1 dead letter dropped\n"
+    assert [json.loads(line)["line"] for line in here("dead-letters", "list", "--json").stdout.splitlines()] == [3]
+    replayed = here("dead-letters", "replay", job, "3")
+    assert replayed.stdout == "1 result taken back to be computed again\n"
+    assert here("dead-letters", "list").stdout == ""
+    status = json.loads(here("status", job, "--json").stdout)
+    assert (status["state"], status["num_error"]) == ("running", 2)

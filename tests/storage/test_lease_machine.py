@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 )
 
 from protocol.requests import Request, Result
+from storage.dead_letters import DEAD_CODES, list_dead_letters
 from storage.digest import EMPTY, added
 from storage.jobs import append_chunk, cancel_job, reopen_errors
 from storage.leases import Lease, claim, claim_oldest, release, renew, still_leased
@@ -198,6 +199,8 @@ class _LeaseMachine(RuleBasedStateMachine):
     def rows_and_counters_are_as_they_should_be(self) -> None:
         expected = {key: row for chunk in self.chunks for key, row in chunk.rows.items()}
         assert read_results(self.ledger, self.job.id) == [expected[key] for key in sorted(expected)]
+        dead = {(letter.line, letter.sample) for letter in list_dead_letters(self.ledger, "acme", self.job.id)}
+        assert dead == {key for key, row in expected.items() if row.failure and row.failure.code in DEAD_CODES}
         for chunk in self.chunks:
             row = chunk_row(self.ledger, chunk.id)
             assert (row.state, row.attempt) == (chunk.state, chunk.attempt)

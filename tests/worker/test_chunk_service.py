@@ -1,16 +1,24 @@
 """The life of Chunks against a real engine: cancelled, late, given back."""
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from producer.client import Client
+from protocol.errors import DeadLetterNotFound
+from protocol.faults import FAULT_VARIABLE
 from storage.jobs import cancel_job
 from storage.ledger import Ledger
+from tests.processes import Watched, command_line, descendants
 from tests.tiny_model import build_tiny_model
 from tests.worker.service import hand_over, running_service, service_settings, submit, wait_until
 from worker.chunk_service import ChunkService
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 #: Far more than the engine does during a test.
 LONG = [{"prompt": f"the worker pulls {i}"} for i in range(200)]
@@ -23,11 +31,30 @@ def system(
 ) -> Iterator[tuple[ChunkService, Client, Ledger]]:
     folder = tmp_path_factory.mktemp("service")
     model = build_tiny_model(folder / "tiny")
-    settings = service_settings(model, redis_server, f"sqlite:///{folder}/ledger.db")
-    with closing(Ledger(settings.database_url)) as ledger:
+    settings = service_settings(
+        model, redis_server, f"sqlite:///{folder}/ledger.db", engine_hang_seconds=2.0, drain_seconds=0.0
+    )
+    with closing(Ledger(settings.database_url)) as ledger, pytest.MonkeyPatch.context() as patch:
         ledger.migrate()
+        # The first engine is killed while it loads, which must cost nothing but time.
+        (folder / "fault").touch()
+        patch.setenv(FAULT_VARIABLE, f"kill:engine load:1:{folder}/fault")
         with running_service(settings) as service, Client(settings) as client:
+            assert not (folder / "fault").exists()
             yield service, client, ledger
+
+
+@pytest.fixture
+def next_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have the engine replaced by one with this fault; nothing for none."""
+
+    def replace(fault: str) -> None:
+        monkeypatch.setenv(FAULT_VARIABLE, fault)
+        engines = [pid for pid in descendants(os.getpid()) if "worker.engine.process" in command_line(pid)]
+        with Watched(engines) as watched:
+            watched.kill()
+
+    return replace
 
 
 def running(service: ChunkService) -> int:
@@ -80,3 +107,50 @@ def test_what_is_late_becomes_an_error_and_the_rest_goes_on(system: tuple[ChunkS
     hand_over(service, ledger, too_late)
     assert client.wait(too_late).num_error == 1
     assert service.info()["computed_tokens"] == before
+
+
+def test_a_hung_engine_is_killed_and_what_it_owed_is_computed_by_the_next(
+    system: tuple[ChunkService, Client, Ledger], next_engine: Callable[[str], None], tmp_path: Path
+) -> None:
+    service, client, ledger = system
+    (tmp_path / "fault").touch()
+    next_engine(f"stop:engine step:3:{tmp_path}/fault")
+    job = submit(client, "hung", [{"prompt": f"hung {i}"} for i in range(4)], max_tokens=8, temperature=0.0)
+    hand_over(service, ledger, job)
+
+    status = client.wait(job)
+
+    assert (status.num_ok, status.num_error) == (4, 0)
+    assert not (tmp_path / "fault").exists()
+
+
+def test_the_one_that_kills_engines_becomes_a_dead_letter_that_can_be_replayed(
+    system: tuple[ChunkService, Client, Ledger], next_engine: Callable[[str], None]
+) -> None:
+    service, client, ledger = system
+    next_engine("kill:end of 13 tokens:1")
+    lines = [{"prompt": f"innocent {i}", "max_tokens": 20 + i} for i in range(3)]
+    lines.insert(1, {"prompt": "poison", "max_tokens": 13, "n": 1})
+    job = submit(client, "poison", lines, temperature=0.0, ignore_eos=True)
+    hand_over(service, ledger, job)
+
+    status = client.wait(job)
+
+    assert (status.num_ok, status.num_error) == (3, 1)
+    (letter,) = client.dead_letters(job)
+    assert (letter.line, letter.code) == (2, "engine_died")
+    assert "the last time with nothing else" in letter.reason
+    letters, request = client.dead_letter(job, 2)
+    assert (letters, request.prompt) == ([letter], "poison")
+    assert client.verify(job).holds
+
+    # The cause is gone.
+    next_engine("")
+    assert client.replay(job, [1]) == 0
+    assert client.replay(job) == 1
+    assert client.dead_letters() == []
+    hand_over(service, ledger, job)
+    assert client.wait(job).num_ok == 4
+    assert client.verify(job).holds
+    with pytest.raises(DeadLetterNotFound):
+        client.dead_letter(job, 2)

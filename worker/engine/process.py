@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import msgspec
 
 from protocol.errors import CallerError, ConfigurationError
+from protocol.faults import fault_point
 from protocol.frames import EngineFailed, Frame, Intake, receive_frame, send_frame
 from protocol.settings import EngineSettings
 from worker.engine.engine import Engine
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     intakes: queue.SimpleQueue[Intake] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(sock, intakes), name="receive", daemon=True).start()
     try:
+        fault_point("engine load")
         engine = _start(arguments.settings)
     except CallerError as error:
         log.error("the engine cannot start: %s", error)
@@ -78,8 +80,11 @@ def _serve(engine: Engine | PoolingEngine, sock: socket.socket, intakes: "queue.
     while True:
         while not engine.has_work or not intakes.empty():
             _take_in(engine, intakes.get())
+        fault_point("engine step")
         frame = engine.step()
         if frame is not None:
+            for _, _, num_tokens in frame.finished:
+                fault_point("end of %d tokens", num_tokens)
             _send(sock, frame)
 
 

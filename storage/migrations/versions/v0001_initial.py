@@ -14,6 +14,18 @@ def upgrade() -> None:
     _create_chunks()
     _create_results()
     op.create_table(
+        "dead_letters",
+        sa.Column("job_id", sa.String(16), nullable=False),
+        sa.Column("line", sa.BigInteger, nullable=False, autoincrement=False),
+        sa.Column("sample", sa.Integer, nullable=False, autoincrement=False),
+        sa.Column("chunk_id", _ROW_ID, nullable=False),
+        sa.Column("code", sa.String(64), nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("created_at", sa.Double, nullable=False),
+        sa.PrimaryKeyConstraint("job_id", "line", "sample", name="pk_dead_letters"),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_dead_letters_job_id", ondelete="CASCADE"),
+    )
+    op.create_table(
         "answers",
         sa.Column("key", sa.LargeBinary(32), nullable=False),
         sa.Column("text", sa.Text, nullable=False),

@@ -1,0 +1,76 @@
+"""`millrace dead-letters`."""
+
+import time
+from typing import Any
+
+import click
+
+_lines = click.argument("lines", metavar="[LINE]...", type=click.IntRange(min=1), nargs=-1)
+
+
+@click.group("dead-letters", short_help="Look after requests that were given up.")
+def command() -> None:
+    """Requests that an engine died of again and again, or that the worker failed at: given up, so that the rest of
+    their Job could go on. Each is named by its Job and line."""
+
+
+@command.command("list")
+@click.argument("job", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each.")
+def list_command(job: str | None, as_json: bool) -> None:
+    """List them, the newest first: of one Job, or all."""
+    import msgspec
+
+    from producer.client import Client
+
+    with Client() as client:
+        letters = client.dead_letters(job)
+    for letter in letters:
+        if as_json:
+            click.echo(msgspec.json.encode(letter))
+        else:
+            created = time.strftime("%Y-%m-%d %H:%M", time.localtime(letter.created_at))
+            where = f"{letter.job_id}  line {letter.line}, sample {letter.sample}"
+            click.echo(f"{where}  {created}  {letter.code}: {letter.reason}")
+
+
+@command.command("show")
+@click.argument("job")
+@click.argument("line", type=click.IntRange(min=1))
+def show_command(job: str, line: int) -> None:
+    """Show one with its request, as a JSON object: the prompt is in it."""
+    import msgspec
+
+    from producer.client import Client
+
+    with Client() as client:
+        letters, request = client.dead_letter(job, line)
+    shown: dict[str, Any] = {"samples": msgspec.to_builtins(letters), "request": msgspec.to_builtins(request)}
+    click.echo(msgspec.json.format(msgspec.json.encode(shown), indent=2))
+
+
+@command.command("replay")
+@click.argument("job")
+@_lines
+def replay_command(job: str, lines: tuple[int, ...]) -> None:
+    """Compute them again: these lines', or all of the Job's. Their errors are taken back until then.
+
+    Those in Chunks that are being worked on right now stay: replay again a little later.
+    """
+    from producer.client import Client
+
+    with Client() as client:
+        num = client.replay(job, lines or None)
+    click.echo(f"{num:,} result{'s' * (num != 1)} taken back to be computed again")
+
+
+@command.command("drop")
+@click.argument("job")
+@_lines
+def drop_command(job: str, lines: tuple[int, ...]) -> None:
+    """Forget them: these lines', or all of the Job's. Their error results stay."""
+    from producer.client import Client
+
+    with Client() as client:
+        num = client.drop_dead_letters(job, lines or None)
+    click.echo(f"{num:,} dead letter{'s' * (num != 1)} dropped")
