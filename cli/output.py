@@ -87,8 +87,10 @@ def check_output(output: str, input_path: str, showing: Showing) -> None:
 
 
 def _is_same(one: str, two: str) -> bool:
-    if one == two or STDOUT in (one, two):
+    if STDOUT in (one, two):
         return one == two
+    if os.path.realpath(one) == os.path.realpath(two):
+        return True
     return os.path.exists(one) and os.path.exists(two) and os.path.samefile(one, two)
 
 

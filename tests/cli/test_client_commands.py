@@ -1,5 +1,6 @@
 """The commands of a client, over a real database and a real Redis."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -423,3 +424,64 @@ def test_dead_letters_are_listed_shown_dropped_and_replayed_by_job_and_line(here
     assert here("dead-letters", "list").stdout == ""
     status = json.loads(here("status", job, "--json").stdout)
     assert (status["state"], status["num_error"]) == ("running", 2)
+
+
+def test_results_go_where_and_how_they_are_asked_for(here: Invoke, answer: Callable[[], None], tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text('key,question\na,"Hello\nthere"\nb,\xff,\nc,Bye\n', encoding="latin-1")
+    job = here("submit", "prompts.csv", "--prompt-column", "question", "--id-column", "key").stdout.strip()
+    answer()
+
+    asked = here("results", job, "-o", "results.jsonl", "--format", "openai", "--errors", "errors.csv")
+    assert asked.exit_code == 1
+    assert "OpenAI's format is JSON lines, not csv" in asked.stderr
+    same = here("results", job, "-o", "results.jsonl", "--errors", "./results.jsonl")
+    assert same.exit_code == 1
+    assert "results and errors both go to results.jsonl" in same.stderr
+
+    here("results", job, "-o", "results.jsonl", "--format", "openai", "--errors", "errors.jsonl.gz")
+    here("results", job, "-o", "results.csv", "--order", "finished")
+    stdout = here("results", job, "--errors", "errors.csv").stdout
+
+    answers = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    errors = [json.loads(line) for line in gzip.decompress((tmp_path / "errors.jsonl.gz").read_bytes()).splitlines()]
+    assert [line["custom_id"] for line in answers] == ["a", "c"]
+    assert answers[0]["response"]["body"]["model"] == "tiny"
+    assert answers[0]["response"]["body"]["choices"][0]["text"] == "yes"
+    assert [line["response"]["body"]["error"]["code"] for line in errors] == ["invalid_csv"]
+    assert [json.loads(line)["line"] for line in stdout.splitlines()] == [1, 3]
+    assert len((tmp_path / "errors.csv").read_text().splitlines()) == 2
+    assert [row.partition(",")[0] for row in (tmp_path / "results.csv").read_text().splitlines()] == [
+        "line",
+        "1",
+        "2",
+        "3",
+    ]
+
+
+def test_missing_column_makes_no_job_and_names_those_there_are(here: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("key,question\na,Hello\n")
+
+    refused = here("submit", "prompts.csv")
+
+    assert refused.exit_code == 1
+    assert "no column 'prompt' for the prompt: --prompt-column takes one of 'key', 'question'" in refused.stderr
+    assert here("jobs").stdout == ""
+
+
+def test_lines_may_ask_for_a_model_that_is_mapped_to_the_served_one(here: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "model": "gpt-9"}\n{"prompt": "b", "model": "gpt-8"}\n')
+
+    unknown = here("submit", "prompts.jsonl", "--model-map", "gpt-9=other")
+    assert unknown.exit_code == 1
+    assert "'gpt-9' is mapped to the model 'other', but the one that is served is 'tiny'" in unknown.stderr
+    plain = here("submit", "prompts.jsonl").stdout.strip()
+    mapped = here("submit", "prompts.jsonl", "--model-map", "gpt-9=tiny").stdout.strip()
+
+    assert plain != mapped, "other lines are refused, so it is another Job"
+    (refused,) = here("results", mapped, "--partial").stdout.splitlines()
+    assert json.loads(refused)["line"] == 2
+    assert "asks for model 'gpt-8', but this Job's is 'tiny'" in json.loads(refused)["error"]["message"]
+    assert "--model-map gpt-8=tiny" in json.loads(refused)["error"]["message"]
+    wrong = here("submit", "prompts.jsonl", "--model-map", "gpt-9")
+    assert wrong.exit_code == 2
+    assert "'gpt-9' is not of the form ASKED=SERVED" in wrong.stderr

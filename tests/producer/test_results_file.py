@@ -1,5 +1,7 @@
 import base64
+import csv
 import errno
+import gzip
 import json
 import math
 import os
@@ -8,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
+from producer import result_table
 from producer.result_line import encode_result
-from producer.results_file import ResultsFile
+from producer.results_file import ResultsFile, ResultShape
 from protocol.errors import ConfigurationError
 from protocol.logprobs import pack_logprobs, unpack_logprobs
 from protocol.pooling import pack_classification
@@ -221,5 +226,96 @@ def test_full_disk_at_the_end_is_reported_and_leaves_nothing(tmp_path: Path, mon
 
     with pytest.raises(ConfigurationError, match="No space left"), ResultsFile(tmp_path / "results.jsonl") as file:
         file.write(ANSWER)
+
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_suffix_compresses(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"results.jsonl{suffix}"
+    for _ in range(2):
+        with ResultsFile(path) as file:
+            file.write(ANSWER)
+            file.write(FAILURE)
+        written = path.read_bytes()
+
+    content = gzip.decompress(written) if suffix == ".gz" else zstandard.decompress(written, 1 << 20)
+    assert content == encode_result(ANSWER) + encode_result(FAILURE)
+    assert path.read_bytes() == written, "the same Results are the same bytes"
+
+
+def awkward_results() -> list[Result]:
+    texts = ['with "quotes", commas', "two\r\nlines", "", "Grüße 🐟 \x00"]
+    answers = [Answer(text=text, finish_reason="stop", prompt_tokens=4, completion_tokens=2) for text in texts]
+    results = [msgspec.structs.replace(ANSWER, line=line, answer=answer) for line, answer in enumerate(answers, 1)]
+    embedding = msgspec.structs.replace(answers[2], embedding=struct.pack("<2f", 0.5, -0.25))
+    carried = '{"user":"u","metadata":{"k":"v"},"store":false}'
+    return [*results, msgspec.structs.replace(FAILURE, line=5, carried=carried), replaced(6, embedding)]
+
+
+def replaced(line: int, answer: Answer) -> Result:
+    return msgspec.structs.replace(ANSWER, line=line, answer=answer)
+
+
+def test_tables_have_a_row_for_each_sample(tmp_path: Path) -> None:
+    results = awkward_results()
+    for name in ("results.csv", "results.csv.gz", "results.parquet"):
+        with ResultsFile(tmp_path / name) as file:
+            for result in results:
+                file.write(result)
+
+    with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as text:
+        rows = list(csv.DictReader(text))
+    table = pq.read_table(tmp_path / "results.parquet")
+
+    assert list(rows[0]) == table.column_names
+    assert gzip.decompress((tmp_path / "results.csv.gz").read_bytes()) == (tmp_path / "results.csv").read_bytes()
+    expected = ["" if result.answer is None else result.answer.text for result in results]
+    assert [row["text"] for row in rows] == expected
+    assert [text or "" for text in table["text"].to_pylist()] == expected
+    assert table["line"].to_pylist() == [1, 2, 3, 4, 5, 6] == [int(row["line"]) for row in rows]
+    assert (rows[0]["cached"], rows[0]["completion_tokens"], rows[0]["error_code"]) == ("true", "2", "")
+    assert (rows[4]["error_code"], rows[4]["user"], rows[4]["metadata"]) == ("invalid_json", "u", '{"k":"v"}')
+    assert (rows[4]["store"], rows[4]["cached"], rows[4]["completion_tokens"]) == ("false", "false", "")
+    assert json.loads(rows[0]["params"])["max_tokens"] == 16
+    assert json.loads(rows[5]["embedding"]) == [0.5, -0.25]
+    assert table["embedding"].to_pylist() == [None] * 5 + [[0.5, -0.25]]
+    assert table["error_code"].to_pylist() == [None] * 4 + ["invalid_json", None]
+
+
+def test_parquet_is_written_group_by_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result_table, "_GROUP_ROWS", 2)
+    with ResultsFile(tmp_path / "results.parquet") as file:
+        for result in awkward_results():
+            file.write(result)
+
+    assert pq.ParquetFile(tmp_path / "results.parquet").num_row_groups == 3
+
+
+def test_table_without_results_has_its_columns(tmp_path: Path) -> None:
+    for name in ("results.csv", "results.parquet"):
+        with ResultsFile(tmp_path / name):
+            pass
+
+    assert (tmp_path / "results.csv").read_text().startswith("line,sample,custom_id,text,")
+    assert pq.read_table(tmp_path / "results.parquet").num_rows == 0
+
+
+@pytest.mark.parametrize("name", ["results.csv", "results.parquet"])
+def test_openais_format_is_json_lines_alone(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="OpenAI's format is JSON lines"):
+        ResultsFile(tmp_path / name, ResultShape("openai")).check()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["results.jsonl.gz", "results.csv.zst", "results.parquet"])
+def test_error_leaves_nothing_of_a_compressed_file_either(name: str, tmp_path: Path) -> None:
+    def write_and_fail() -> None:
+        with ResultsFile(tmp_path / name) as file:
+            file.write(ANSWER)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_and_fail()
 
     assert os.listdir(tmp_path) == []
