@@ -34,6 +34,8 @@ logger = logging.getLogger("millrace.worker")
 _IDLE_CLAIM_INTERVAL_S = 1.0
 _IDLE_CLAIM_AGE_S = 2.0
 _RETRY_S = 1.0
+#: How often a worker that is to stop looks whether everything is finished.
+_DRAIN_LOOK_S = 0.05
 #: How often cancelled Jobs and passed deadlines are looked for among what runs.
 _WATCH_INTERVAL_S = 0.5
 #: Rows waiting to be committed at which nothing more is taken in: known answers pass no engine that would slow them.
@@ -79,6 +81,8 @@ class ChunkService:
         self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._open: dict[int, OpenChunk] = {}
         self._open_lock = threading.Lock()
+        self._is_draining = threading.Event()  # nothing more is taken in
+        self._is_hurried = threading.Event()
         self._is_stopping = threading.Event()
         self._has_room = threading.Event()
         self._on_fatal = on_fatal
@@ -97,10 +101,16 @@ class ChunkService:
             thread.start()
 
     def stop(self) -> None:
-        """Commits what is finished, gives the rest back, ends the engine. Chunks given back keep their Results."""
-        self._is_stopping.set()
+        """Finishes what ends within `drain_seconds`, gives the rest back, ends the engine.
+
+        Chunks given back keep their Results. `hurry` cuts the waiting short.
+        """
+        started, num_open = time.monotonic(), len(self._open)
+        self._is_draining.set()
         self._tickets.put(None)
         self._has_room.set()
+        self._drain()
+        self._is_stopping.set()
         for thread in self._threads:
             thread.join()
         self.inference.stop()
@@ -115,8 +125,20 @@ class ChunkService:
                 logger.warning("%d leases are left to expire, the database is away: %s", len(held), error)
         for chunk in left.values():
             chunk.complete()
-        logger.info("stopped; %d unfinished chunks given back", len(held))
+        logger.info(
+            "stopped in %.1f s; of %d chunks %d were finished and %d given back",
+            time.monotonic() - started, num_open, num_open - len(held), len(held),
+        )  # fmt: skip
         self._ledger.close()
+
+    def hurry(self) -> None:
+        """Whoever stops waits for nothing any more. Safe in a signal handler."""
+        self._is_hurried.set()
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + self._settings.drain_seconds
+        while self._open and time.monotonic() < deadline and not self._is_hurried.is_set():
+            self._is_stopping.wait(_DRAIN_LOOK_S)
 
     @property
     def has_credit(self) -> bool:
@@ -141,7 +163,7 @@ class ChunkService:
 
     def _take_in(self) -> None:
         next_look = 0.0
-        while not self._is_stopping.is_set():
+        while not self._is_draining.is_set():
             if not self.has_credit:
                 self._has_room.wait(_RETRY_S)
                 self._has_room.clear()
@@ -151,7 +173,7 @@ class ChunkService:
                 ticket = self._tickets.get(timeout=until_look_s)
             except queue.Empty:
                 ticket = None
-            if self._is_stopping.is_set():
+            if self._is_draining.is_set():
                 return
             try:
                 if ticket is not None:
@@ -162,7 +184,7 @@ class ChunkService:
                 logger.warning("the database is away, trying again: %s", error)
                 if ticket is not None:
                     self._tickets.put(ticket)
-                self._is_stopping.wait(_RETRY_S)
+                self._is_draining.wait(_RETRY_S)
 
     def _claim(self, ticket: Ticket) -> None:
         with self._open_lock:

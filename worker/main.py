@@ -40,6 +40,7 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
     def give_up(message: str) -> None:
         logger.critical("%s", message)
         fatal.append(message)
+        service.hurry()  # there is nothing to wait for any more
         os.kill(os.getpid(), signal.SIGTERM)
 
     service = ChunkService(

@@ -15,6 +15,7 @@ from celery.concurrency.base import BasePool
 
 from protocol.celery_app import CHUNK_TASK
 from worker.chunk_service import ChunkService
+from worker.stop_signals import heed_stop_signals
 
 logger = logging.getLogger("millrace.worker")
 
@@ -80,6 +81,9 @@ class EnginePool(BasePool):  # type: ignore[misc]  # celery has no types
         self.tickets.add(ticket)
         self.service.receive(ticket)
         return ticket
+
+    def on_start(self) -> None:
+        heed_stop_signals(self.service.hurry)
 
     def on_stop(self) -> None:
         """The consumer has stopped. What the service completes from here on still reaches Celery's backend."""

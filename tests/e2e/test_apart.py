@@ -1,6 +1,8 @@
 """The same parts run apart: migrate, workers, submit, status and results over one Redis and one database."""
 
 import json
+import re
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -92,8 +94,29 @@ def test_two_workers_share_a_job_and_one_may_die(
     written = [json.loads(line) for line in stdout.splitlines()]
     assert [row["text"] for row in written] == [row["text"] for row in rows]
 
-    workers[1].below()
-    workers[1].process.terminate()
-    code, _, _ = workers[1].finish()
-    assert code == 0
-    assert workers[1].leaves_no_process()
+    # Told to stop in the middle of a Job, it finishes what it has begun; told twice, it gives that back.
+    more = ["--temperature", "0", "--max-tokens", "60", "--job"]
+    assert millrace("submit", "prompts.jsonl", *more, "drained").finish()[0] == 0
+    with Client(settings) as client:
+        workers[1].wait_until(lambda: client.status("drained").num_requests_leased > 0)
+        workers[1].below()
+        workers[1].process.terminate()
+        code, _, stderr = workers[1].finish()
+        assert code == 0
+        assert workers[1].leaves_no_process()
+        status = client.status("drained")
+        assert 0 < status.num_ok < len(rows) - 8
+        assert status.num_requests_leased == 0
+        num_finished = int(re.findall(r"of (\d+) chunks \1 were finished and 0 given back", stderr)[-1])
+        assert num_finished > 0
+
+        hasty = millrace("worker", "--drain-seconds", "600")
+        hasty.wait_until(lambda: client.status("drained").num_requests_leased > 0)
+        hasty.below()
+        hasty.process.terminate()
+        hasty.process.send_signal(signal.SIGQUIT)
+        code, _, stderr = hasty.finish()
+        assert code == 0
+        assert re.search(r"and [1-9]\d* given back", stderr), stderr
+        assert client.status("drained").num_requests_leased == 0
+    assert hasty.leaves_no_process()

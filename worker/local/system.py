@@ -86,7 +86,9 @@ class LocalSystem:
     @property
     def settings(self) -> Settings:
         """How to reach this system, for a Client."""
-        return msgspec.structs.replace(self._given, database_url=self._state.database_url, broker_url=self._redis.url)
+        # Whoever stops a run wants it to stop: the same command goes on from there anyway.
+        own = {"database_url": self._state.database_url, "broker_url": self._redis.url, "drain_seconds": 0.0}
+        return msgspec.structs.replace(self._given, **own)
 
     @property
     def is_worker_ready(self) -> bool:
