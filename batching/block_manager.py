@@ -79,7 +79,7 @@ class BlockManager:
     def name(self, block: int, name: bytes) -> None:
         """From here on `find` gives this block for this name, unless another block has the same content already.
 
-        To be called when the step that fills the block is certain to run before any that is scheduled later.
+        To be called when it is certain that the block is filled before whatever is scheduled from here on reads it.
         """
         assert self._num_holders[block] > 0
         if name not in self._by_name and block not in self._names:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from batching.block_manager import BlockManager, content_name
 from batching.peak_demand import peak_demand
 from batching.sequence import Sequence, SequenceState
+from batching.shared_prefixes import PrefixTiles, SharedPrefixes
 from batching.shared_prompt import SharedPrompt
 from batching.urgency_queue import UrgencyQueue
 from protocol.errors import InvalidRequest
@@ -54,6 +55,7 @@ class StepPlan:
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     #: Blocks to copy before anything of this step is written, as (from, to). No block is in both places.
     copies: list[tuple[int, int]] = field(default_factory=list)
+    prefixes: PrefixTiles | None = None  # of the decode rows, where reading them once for several rows pays
     num_prefix_hit_tokens: int = 0  # of those admitted: not computed, since their K and V are there already
 
     @property
@@ -120,6 +122,7 @@ class Scheduler:
         self.admission = admission
         self.headroom_tokens = headroom_tokens
         self.prefix_reuse = prefix_reuse
+        self.prefixes = SharedPrefixes(self.max_num_seqs, blocks.block_size, blocks.num_holders)
         self.num_preemptions = 0
         self._num_arrivals = 0
         self._alive: dict[int, Sequence] = {}
@@ -198,6 +201,7 @@ class Scheduler:
                     self._append_blocks(plan, seq, self.blocks.allocate(1))
                 plan.append(seq, 1, is_sampled=True)
         plan.num_decode = len(plan.sequences)
+        plan.prefixes = self.prefixes.tiles(plan.sequences, plan.starts)
 
     def _needs_block(self, seq: Sequence) -> bool:
         """Whether the next token of a decoding Sequence has no place in its blocks."""
@@ -206,6 +210,8 @@ class Scheduler:
     def _schedule_prefill(self, plan: StepPlan, seq: Sequence, budget: int) -> int:
         num_tokens = min(budget, seq.num_prefill - seq.num_computed)
         plan.append(seq, num_tokens, is_sampled=seq.num_computed + num_tokens == seq.num_prefill)
+        # Those admitted to this very step can share it: every layer writes all of a step's K and V before it reads any.
+        self._publish(seq, seq.num_prompt_tokens)
         return num_tokens
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
@@ -265,6 +271,7 @@ class Scheduler:
         self._append_blocks(plan, seq, self.blocks.allocate(self.blocks.blocks_for(seq.num_tokens) - num_shared))
         if prefix.copied is not None:
             plan.copies.append((prefix.copied, seq.block_table[num_shared]))
+        self.prefixes.join(seq, num_shared)
 
     def _find_prefix(self, seq: Sequence) -> Prefix:
         block_size, num_tokens = self.blocks.block_size, seq.num_reusable
@@ -281,9 +288,8 @@ class Scheduler:
         return Prefix(blocks, len(blocks) * block_size)
 
     def _note_prompts(self, plan: StepPlan) -> None:
-        """What this step writes of prompts can be shared by the steps launched after it."""
+        """Whole prompts that this step writes can be copied from by the steps launched after it."""
         for seq in plan.sequences[plan.num_decode :]:
-            self._publish(seq, seq.num_prompt_tokens)
             if seq.shared_prompt is not None and self._has_prompt(seq):
                 for waiting in seq.shared_prompt.hold(seq):
                     self._waiting.push(waiting)
@@ -349,6 +355,7 @@ class Scheduler:
             self._waiting.push(leader)
 
     def _release(self, seq: Sequence) -> None:
+        self.prefixes.leave(seq)
         self.blocks.free(seq.block_table)
         seq.block_table = []
         self._free_rows.append(seq.row)

@@ -59,6 +59,7 @@ class Loop:
     num_steps: int = 0
     num_hit_tokens: int = 0
     num_copies: int = 0
+    num_grouped_steps: int = 0
     admitted: list[int] = field(default_factory=list)
     num_scored: dict[Sequence, int] = field(default_factory=dict)
 
@@ -138,14 +139,17 @@ class Loop:
         assert len({seq.row for seq in running}) == len(running)
         assert set(map(id, plan.sequences)) <= set(map(id, running))
         assert all(len(seq.output_ids) + seq.num_in_flight <= seq.max_tokens for seq in running)
-        # Every token of the plan has its block, and nothing is written where another one reads.
-        written: set[int] = set()
+        # Every token of the plan has its block, and nothing is written where another one reads, but for one that has
+        # been admitted to this step because it is written.
+        written: Counter[int] = Counter()
         for seq, start, num_tokens in zip(plan.sequences, plan.starts, plan.num_tokens, strict=True):
             indices = range(start // limits.block_size, (start + num_tokens - 1) // limits.block_size + 1)
             written.update(seq.block_table[i] for i in indices)
-        assert all(self.scheduler.blocks.num_holders(block) == 1 for block in written)
+        assert set(written.values()) <= {1}
+        before = Counter(block for seq in running if seq not in plan.admitted for block in seq.block_table)
+        assert all(before[block] <= 1 for block in written)
         targets = [target for _, target in plan.copies]
-        assert set(targets) <= written
+        assert set(targets) <= written.keys()
         assert len(set(targets)) == len(targets)
         assert not set(targets) & {source for source, _ in plan.copies}
 
@@ -157,9 +161,28 @@ class Loop:
             assert start < first < end <= start + plan.num_tokens[segment] + 1
             assert first == self.num_scored.setdefault(seq, max(seq.score_from or 0, 1))
             self.num_scored[seq] = end
+        self.check_prefixes(plan)
         self.num_hit_tokens += plan.num_prefix_hit_tokens
         self.num_copies += len(plan.copies)
         self.admitted.extend(seq.seq_id for seq in plan.admitted)
+
+    def check_prefixes(self, plan: StepPlan) -> None:
+        """Rows that read a prefix together have its blocks, and tokens of their own behind it."""
+        if plan.prefixes is None:
+            return
+        self.num_grouped_steps += 1
+        rows = plan.sequences[: plan.num_decode]
+        covered = np.zeros(len(rows), dtype=np.int32)
+        for members, num_tokens in zip(plan.prefixes.members.tolist(), plan.prefixes.lens.tolist(), strict=True):
+            there = [member for member in members if member >= 0]
+            assert there == members[: len(there)] != []
+            num_blocks, rest = divmod(num_tokens, self.limits.block_size)
+            assert rest == 0 < num_blocks
+            assert len({tuple(rows[member].block_table[:num_blocks]) for member in there}) == 1
+            assert all(plan.starts[member] >= num_tokens for member in there)
+            assert not covered[there].any()
+            covered[there] = num_tokens
+        assert covered.tolist() == plan.prefixes.starts.tolist()
 
     def check_blocks(self) -> list[Sequence]:
         """Every block is held exactly by the running Sequences that have it in their table; returns those."""
