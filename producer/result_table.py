@@ -36,27 +36,31 @@ COLUMNS = {
     "metadata": "string",
     "store": "bool",
 }
-#: Rows in memory until they are written, and characters of text at which they are written earlier.
+#: Rows in memory until they are written, and bytes, about, at which they are written earlier.
 _GROUP_ROWS = 10_000
-_GROUP_CHARACTERS = 32 << 20
+_GROUP_BYTES = 64 << 20
+_FLOAT_BYTES = 32  # of Python's, in a list
 
 _encode = msgspec.json.Encoder().encode
 
 
-def to_row(result: Result) -> dict[str, Any]:
-    """By the names of COLUMNS; the embedding is a list of numbers, whatever was asked for."""
-    line = to_line(result)
-    row: dict[str, Any] = {name: getattr(line, name, None) for name in COLUMNS}
-    if line.usage is not None:
-        row |= {"prompt_tokens": line.usage.prompt_tokens, "completion_tokens": line.usage.completion_tokens}
-    if line.error is not None:
-        row |= {"error_code": line.error.code, "error_message": line.error.message}
-    for name in ("params", "logprobs", "score", "classification", "metadata"):
-        if row[name] is not None and row[name] is not msgspec.UNSET:
-            row[name] = _encode(row[name]).decode()
-    if result.answer is not None and result.answer.embedding is not None:
-        row["embedding"] = show_embedding(result.answer.embedding, "float")
-    return {name: None if value is msgspec.UNSET else value for name, value in row.items()}
+def to_row(result: Result) -> list[Any]:
+    """In the order of COLUMNS; the embedding is a list of numbers, whatever was asked for."""
+    line, answer = to_line(result), result.answer
+    usage = (None, None) if line.usage is None else (line.usage.prompt_tokens, line.usage.completion_tokens)
+    error = (None, None) if line.error is None else (line.error.code, line.error.message)
+    return [
+        *(line.line, line.sample, line.custom_id, line.text, line.finish_reason, *usage, line.cached, *error),
+        *map(_as_json, (line.params, line.logprobs, line.score, line.classification)),
+        None if answer is None or answer.embedding is None else show_embedding(answer.embedding, "float"),
+        None if line.user is msgspec.UNSET else line.user,
+        _as_json(line.metadata),
+        None if line.store is msgspec.UNSET else line.store,
+    ]
+
+
+def _as_json(value: Any) -> str | None:
+    return None if value is None or value is msgspec.UNSET else _encode(value).decode()
 
 
 class CsvResults:
@@ -65,15 +69,11 @@ class CsvResults:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._text = io.StringIO(newline="")
-        self._writer = csv.DictWriter(self._text, list(COLUMNS), lineterminator="\n")
-        self._writer.writeheader()
+        self._writer = csv.writer(self._text, lineterminator="\n")
+        self._writer.writerow(COLUMNS)
 
     def write(self, results: Sequence[Result]) -> None:
-        for result in results:
-            row = to_row(result)
-            if row["embedding"] is not None:
-                row["embedding"] = _encode(row["embedding"]).decode()
-            self._writer.writerow({n: str(v).lower() if isinstance(v, bool) else v for n, v in row.items()})
+        self._writer.writerows([_in_csv(value) for value in to_row(result)] for result in results)
         self._pass_on()
 
     def close(self) -> None:
@@ -85,6 +85,10 @@ class CsvResults:
         self._text.truncate()
 
 
+def _in_csv(value: Any) -> Any:
+    return _encode(value).decode() if isinstance(value, bool | list) else value
+
+
 class ParquetResults:
     """Row groups of some thousand rows, compressed with zstd. Needs pyarrow."""
 
@@ -93,15 +97,16 @@ class ParquetResults:
         types = {"bool": arrow.bool_(), "embedding": arrow.list_(arrow.float32())}
         self._schema = arrow.schema([(n, types.get(t) or getattr(arrow, t)()) for n, t in COLUMNS.items()])
         self._writer = arrow.parquet.ParquetWriter(file, self._schema, compression="zstd")
-        self._rows: list[dict[str, Any]] = []
-        self._num_characters = 0
+        self._rows: list[list[Any]] = []
+        self._num_bytes = 0
 
     def write(self, results: Sequence[Result]) -> None:
         for result in results:
             row = to_row(result)
             self._rows.append(row)
-            self._num_characters += sum(len(value) for value in row.values() if isinstance(value, str))
-        if len(self._rows) >= _GROUP_ROWS or self._num_characters >= _GROUP_CHARACTERS:
+            self._num_bytes += sum(len(value) for value in row if isinstance(value, str))
+            self._num_bytes += sum(len(value) * _FLOAT_BYTES for value in row if isinstance(value, list))
+        if len(self._rows) >= _GROUP_ROWS or self._num_bytes >= _GROUP_BYTES:
             self._write_group()
 
     def close(self) -> None:
@@ -110,7 +115,7 @@ class ParquetResults:
         self._writer.close()
 
     def _write_group(self) -> None:
-        columns = [[row[name] for row in self._rows] for name in COLUMNS]
-        arrays = [self._arrow.array(c, self._schema.field(n).type) for n, c in zip(COLUMNS, columns, strict=True)]
+        columns = zip(*self._rows, strict=True)
+        arrays = [self._arrow.array(c, t) for c, t in zip(columns, self._schema.types, strict=True)]
         self._writer.write_batch(self._arrow.record_batch(arrays, schema=self._schema))
-        self._rows, self._num_characters = [], 0
+        self._rows, self._num_bytes = [], 0
