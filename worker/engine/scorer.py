@@ -6,6 +6,7 @@ by piece while the model's forward is run for what follows it.
 Letters: C scored positions, V vocabulary, E hidden size, N alternatives per position.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Float32 logits that exist at once, in bytes. Large enough to keep a GPU busy, small beside any KV cache.
-PIECE_BYTES = 1 << 28
-#: On a CPU smaller pieces stay closer to its caches and lose nothing.
+from worker.engine.attention import triton_obstacle
+from worker.engine.kernels.plain import plain_score_tokens
+
+#: Logits that exist at once, in bytes. On a GPU enough rows to keep its matrix units busy, with room for a head that
+#: makes a copy of them (a softcap) within 1 GiB; on a CPU smaller pieces stay closer to its caches and lose nothing.
+PIECE_BYTES = 3 << 27
 CPU_PIECE_BYTES = 1 << 24
+#: Rows of a piece are a multiple of this where they are more: what a GPU's matrix multiplication does at a time.
+_ROW_MULTIPLE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,7 @@ class Scorer:
         output, self._output = self._output, None
         hidden = output[0].flatten(0, 1)  # (tokens, E)
         vocab_size = self._model.get_output_embeddings().weight.shape[0]
-        size = _piece_size(hidden.device, vocab_size)
+        size = _piece_size(hidden, vocab_size)
         parts = [
             _score(self._logits(output, hidden.index_select(0, place)), target, num_top)
             for place, target in zip(torch.split(places, size), torch.split(targets, size), strict=True)
@@ -85,16 +91,25 @@ class Scorer:
 
 def score_rows(logits: Tensor, targets: Tensor, num_top: int) -> Scores:
     """logits (C, V), targets (C,) int64; in pieces of the same size, so that little more is held than the logits."""
-    size = _piece_size(logits.device, logits.shape[-1])
+    size = _piece_size(logits, logits.shape[-1])
     pairs = zip(torch.split(logits, size), torch.split(targets, size), strict=True)
     parts = [_score(part, target, num_top) for part, target in pairs]
     return Scores(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
-def _piece_size(device: torch.device, vocab_size: int) -> int:
-    """In rows."""
-    limit = PIECE_BYTES if device.type == "cuda" else CPU_PIECE_BYTES
-    return max(limit // (4 * vocab_size), 1)
+def _piece_size(like: Tensor, vocab_size: int) -> int:
+    """In rows, for logits that are where `like` is and of its dtype."""
+    if like.device.type == "cpu":
+        return max(CPU_PIECE_BYTES // (4 * vocab_size), 1)
+    # Without the kernel there are a copy in float32 and what is made from it.
+    bytes_each = like.dtype.itemsize if _has_kernel(like.device) else 12
+    size = max(PIECE_BYTES // (bytes_each * vocab_size), 1)
+    return size - size % _ROW_MULTIPLE if size > _ROW_MULTIPLE else size
+
+
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    return triton_obstacle(device) is None
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:
@@ -103,14 +118,15 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def _score(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = logits.float()
-    chosen = logits.gather(1, targets[:, None])  # (c, 1)
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    # Equal logits rank by token id, as argmax takes the first of them.
-    is_before = torch.arange(logits.shape[-1], device=logits.device) < targets[:, None]
-    ranks = ((logits > chosen) | ((logits == chosen) & is_before)).sum(dim=-1, dtype=torch.int32) + 1
+    if _has_kernel(logits.device):
+        from worker.engine.kernels.token_scores import score_tokens
+
+        logprobs, log_sums, ranks = score_tokens(logits, targets)
+    else:
+        logits = logits.float()
+        logprobs, log_sums, ranks = plain_score_tokens(logits, targets)
     best = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
-    return (chosen - total).squeeze(1), ranks, best.indices.int(), best.values - total
+    return logprobs, ranks, best.indices.int(), best.values.float() - log_sums[:, None]
 
 
 def _to_pinned(x: Tensor) -> Tensor:

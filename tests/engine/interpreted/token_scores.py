@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from worker.engine import scorer
 from worker.engine.kernels.plain import plain_score_tokens
 from worker.engine.kernels.token_scores import score_tokens
 
@@ -28,3 +29,17 @@ def test_scores_equal_their_twin(vocab_size: int, dtype: torch.dtype) -> None:
     assert torch.isneginf(logprobs[1])
     finite = logits.gather(1, targets[:, None]).squeeze(1).isfinite()
     assert torch.allclose(logprobs[finite].double(), expected[0][finite], rtol=1e-6, atol=2e-4)
+
+
+def test_the_scorer_gives_the_same_with_the_kernel_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(7, 3000) * 4, torch.randint(3000, (7,))
+    plain = scorer.score_rows(logits, targets, 5)
+
+    monkeypatch.setattr(scorer, "_has_kernel", lambda device: True)
+    fast = scorer.score_rows(logits, targets, 5)
+
+    assert torch.equal(fast.ranks, plain.ranks)
+    assert torch.equal(fast.top_ids, plain.top_ids)
+    assert torch.allclose(fast.logprobs, plain.logprobs, atol=1e-5)
+    assert torch.allclose(fast.top_logprobs, plain.top_logprobs, atol=1e-5)
