@@ -4,19 +4,28 @@ Needs neither torch nor a running worker; while the broker is away it goes on, s
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
-from typing import get_args
+from typing import Any, get_args
 
-from producer.chunk_cutter import cut_chunks
+from producer.asks import Asks
 from producer.doorbell import Doorbell
 from producer.identity import job_identity
+from producer.intake import Intake
 from producer.job_results import Order
 from producer.job_watch import JobWatch
-from producer.lines import LineReader
+from producer.lines import encode_item, read_line
 from producer.source import Input, Source
-from producer.wakeups import Wakeups
-from protocol.errors import ConfigurationError, DamagedInput, JobNotFound, SubmissionConflict
+from producer.wakeups import Wakeup, Wakeups
+from protocol.errors import (
+    ConfigurationError,
+    DamagedInput,
+    InvalidRequest,
+    JobNotFound,
+    SubmissionConflict,
+    TimedOut,
+)
 from protocol.requests import Request, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
@@ -32,7 +41,6 @@ from storage.deletion import delete_job, find_job_to_delete
 from storage.jobs import (
     Job,
     JobStatus,
-    append_chunk,
     cancel_job,
     find_job,
     intake_position,
@@ -40,7 +48,6 @@ from storage.jobs import (
     list_jobs,
     open_job,
     reopen_errors,
-    seal_job,
     unclaimed_chunks,
 )
 from storage.landing_channel import LandingChannel
@@ -68,7 +75,8 @@ RETRIABLE_CODES = frozenset(
 class Client:
     """One tenant's view of the ledger, and the way into the queue. A context manager.
 
-    Threads may share it: one for a whole process will do. Not to be carried across a fork.
+    Threads may share it: one for a whole process will do. Not to be carried across a fork. A call that waits can be
+    stopped by another thread: give it a Wakeup and call that one's `stop`, upon which it raises WaitStopped.
 
     Raises ConfigurationError when the settings cannot work together or the database lacks Millrace's tables. Every
     call raises DatabaseUnavailable when the database does not answer.
@@ -82,6 +90,7 @@ class Client:
         self._landings = LandingChannel.connect(self.settings.broker_url)
         self._wakeups = Wakeups(self.settings.broker_url)
         self._watch = JobWatch(self._ledger, self._wakeups)
+        self._asks = Asks(self.settings, self._ledger, self._doorbell, self._wakeups)
         try:
             self._ledger.check_schema()
         except BaseException:
@@ -97,7 +106,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections. Whoever still waits for `ask` gets CancelledError."""
+        self._asks.close()
         self._wakeups.close()
         self._landings.close()
         self._doorbell.close()
@@ -111,7 +121,9 @@ class Client:
         params: SamplingParams = UNSET_PARAMS,
         model_names: Sequence[str] = (),
         retry_errors: bool = False,
+        window: int | None = None,
         on_progress: Callable[[int], None] | None = None,
+        wakeup: Wakeup | None = None,
     ) -> Job:
         """Make a Job of the source's lines, or find the one that was made of the same before and go on with it.
 
@@ -120,11 +132,16 @@ class Client:
         `model_names` (default: the served name), and by what the source's Reading maps to one of them. `on_progress` is
         told the number of the last line that is in. With `retry_errors` the Job's errors are tried again as by `retry`.
 
+        A source is read a Chunk at a time, whatever its length, and without a `window` as fast as the database takes
+        it, whether anybody works or not. With one this waits while more than so many Requests are unfinished, so that
+        an endless source fills neither memory nor disk; some Chunks' worth, thousands, keep the workers busy.
+
         Raises InvalidRequest for `params` out of range, ConfigurationError for a source that cannot be read or needs a
         name, DamagedInput for one that breaks off, whose lines before are in, SubmissionConflict when the name stands
         for another Job or somebody else is submitting the same.
         """
         params.validate()
+        intake = Intake(self.settings, self._ledger, self._doorbell, self._wakeups, window=window, wakeup=wakeup)
         content = source if isinstance(source, Source) else Source(source)
         model = self.settings.served_model
         names = content.model_names(model_names or (model,))
@@ -135,16 +152,49 @@ class Client:
         self._check_same(job, params)
         if job.state == "submitting":
             try:
-                self._take_in(job, content, names, on_progress)
+                intake.run(job, content, names, on_progress)
             except DamagedInput as error:
                 position = intake_position(self._ledger, job.id)
                 raise DamagedInput(
                     f"{error}; the {position} lines before are in the Job {job.id} and get their answers: once the "
                     f"input is whole, the same command with --job {job.identity} goes on with it"
                 ) from error
+            self._landings.publish({job.id: ()})
         if retry_errors:
             self.retry(job)
         return self.find(job.id)
+
+    def ask(
+        self, item: str | Mapping[str, Any], *, params: SamplingParams = UNSET_PARAMS, timeout_s: float | None = None
+    ) -> Result:
+        """Store one prompt, wait for its Result and return it; the Result may be a failure.
+
+        Made for many threads at once, as in a web backend: prompts that come within a moment share a transaction, a
+        message and a look at the ledger. `item` is what `submit` takes many of. They are Jobs like others, which
+        survive this process, count in `prune`, and are left out by `jobs` alone.
+
+        Raises InvalidRequest for an item that cannot be read or asks for several Results, DatabaseUnavailable,
+        TimedOut after `timeout_s` seconds, and JobNotFound when somebody cancelled or deleted the prompt's Job.
+        """
+        future = self.ask_future(item, params=params)
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            if not future.cancel():  # it came at the last moment, or raised an error of its own
+                return future.result()
+            raise TimedOut(f"no answer came within {timeout_s:g} s: it is computed all the same") from None
+
+    def ask_future(self, item: str | Mapping[str, Any], *, params: SamplingParams = UNSET_PARAMS) -> "Future[Result]":
+        """As `ask`, with the Result to come; what `ask` raises while it waits, this future does."""
+        params.validate()
+        request = read_line(encode_item(item), 1, (self.settings.served_model,))
+        if isinstance(request, Result):
+            assert request.failure is not None
+            raise InvalidRequest(request.failure.code, request.failure.message)
+        num_results = len(request.inputs) if request.inputs is not None else request.params.over(params).n or 1
+        if num_results > 1:
+            raise InvalidRequest("invalid_parameter", f"this asks for {num_results} Results, not one: use submit")
+        return self._asks.put(request, params)
 
     def retry(self, job: Job | str) -> int:
         """Have the Job's errors whose cause may be gone (RETRIABLE_CODES) computed again; returns how many.
@@ -219,15 +269,22 @@ class Client:
         *,
         timeout_s: float | None = None,
         on_progress: Callable[[JobStatus], None] | None = None,
+        wakeup: Wakeup | None = None,
     ) -> JobStatus:
         """Block until the Job is finished or cancelled; `on_progress` is called at every look, each second or so.
 
         Raises JobNotFound, and TimedOut after `timeout_s` seconds.
         """
-        return self._watch.until_ended(self._id(job), timeout_s=timeout_s, on_progress=on_progress)
+        return self._watch.until_ended(self._id(job), timeout_s=timeout_s, on_progress=on_progress, wakeup=wakeup)
 
     def results(
-        self, job: Job | str, *, order: Order = "input", wait: bool = True, timeout_s: float | None = None
+        self,
+        job: Job | str,
+        *,
+        order: Order = "input",
+        wait: bool = True,
+        timeout_s: float | None = None,
+        wakeup: Wakeup | None = None,
     ) -> Iterator[Result]:
         """The Job's Results, each once, in the order of its lines or, with `order="finished"`, as they land.
 
@@ -238,7 +295,9 @@ class Client:
         if order not in get_args(Order):
             raise ConfigurationError(f"order={order!r} is unknown: it is one of {', '.join(get_args(Order))}")
         job_id = self._id(job)
-        return self._watch.results(job_id, order, timeout_s=timeout_s) if wait else self._watch.stored(job_id, order)
+        if not wait:
+            return self._watch.stored(job_id, order)
+        return self._watch.results(job_id, order, timeout_s=timeout_s, wakeup=wakeup)
 
     def cancel(self, job: Job | str) -> bool:
         """Stop the Job: what is not computed yet never will be, what has a Result keeps it.
@@ -289,36 +348,6 @@ class Client:
                 f"the Job {job.identity!r} exists with another model or other parameters (id {job.id}, model "
                 f"{job.model}): give this one another name"
             )
-
-    def _take_in(
-        self, job: Job, content: Source, model_names: Sequence[str], on_progress: Callable[[int], None] | None
-    ) -> None:
-        position = intake_position(self._ledger, job.id)
-        with content.lines() as lines:
-            reader = LineReader(lines, model_names, skip=position)
-            limits = (self.settings.chunk_requests, self.settings.chunk_bytes)
-            for requests, failures in cut_chunks(reader, position, *limits):
-                last_line = max(items[-1].line for items in (requests, failures) if items)
-                chunk_id = append_chunk(
-                    self._ledger,
-                    job.id,
-                    first_line=position + 1,
-                    last_line=last_line,
-                    requests=requests,
-                    failures=failures,
-                )
-                position = last_line
-                if chunk_id is not None:
-                    self._doorbell.ring(chunk_id, job.model)
-                if on_progress is not None:
-                    on_progress(position)
-        if reader.num_lines < position:
-            raise SubmissionConflict(
-                f"the Job {job.identity!r} already has {position} lines, but this input has {reader.num_lines}: it is "
-                "another one, so give it a name of its own"
-            )
-        seal_job(self._ledger, job.id, reader.num_lines)
-        self._landings.publish({job.id: ()})
 
     def _id(self, job: Job | str) -> str:
         return job.id if isinstance(job, Job) else self.find(job).id

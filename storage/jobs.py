@@ -34,7 +34,17 @@ from storage.insertion import insert_new
 from storage.leases import lock_chunks
 from storage.ledger import Ledger
 from storage.results import COUNTERS, RESULT_COLUMNS, count, insert_results, to_result, to_rows
-from storage.tables import chunk_requests, chunks, is_leased, is_there, is_unfinished, is_waiting, jobs, results
+from storage.tables import (
+    chunk_requests,
+    chunks,
+    is_leased,
+    is_submitted,
+    is_there,
+    is_unfinished,
+    is_waiting,
+    jobs,
+    results,
+)
 
 JobState = Literal["submitting", "running", "finished", "cancelled", "deleting"]
 
@@ -46,7 +56,7 @@ _PAGE = 1000
 #: Chunks whose errors are taken back in one transaction, which meanwhile keeps the Job's producer waiting.
 _REOPENED = 100
 
-_NEW_JOB = ("id", "tenant", "identity", "model", "params", "state")
+_NEW_JOB = ("id", "tenant", "identity", "model", "params", "state", "is_asked")
 
 _decode_params = msgspec.json.Decoder(SamplingParams).decode
 
@@ -98,7 +108,7 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
 def open_job(ledger: Ledger, *, tenant: str, identity: str, model: str, params: SamplingParams) -> tuple[Job, bool]:
     """The tenant's Job with this identity, made now if there is none; True if it was. Raises DatabaseUnavailable."""
     job_id = secrets.token_hex(8)
-    row = (job_id, tenant, identity, model, msgspec.json.encode(params).decode(), "submitting")
+    row = (job_id, tenant, identity, model, msgspec.json.encode(params).decode(), "submitting", False)
 
     def work(connection: Connection) -> Job:
         insert_new(connection, jobs, _NEW_JOB, [row], stamped=("created_at",))
@@ -134,9 +144,12 @@ def find_job(ledger: Ledger, name: str, tenant: str, *, among: ColumnElement[boo
 
 
 def list_jobs(ledger: Ledger, tenant: str, limit: int) -> list[Job]:
-    """The tenant's newest Jobs, newest first. Raises DatabaseUnavailable."""
+    """The tenant's newest submitted Jobs, newest first. Raises DatabaseUnavailable."""
     newest = (
-        select(jobs).where(is_there, jobs.c.tenant == tenant).order_by(jobs.c.created_at.desc(), jobs.c.id).limit(limit)
+        select(jobs)
+        .where(is_there, is_submitted, jobs.c.tenant == tenant)
+        .order_by(jobs.c.created_at.desc(), jobs.c.id)
+        .limit(limit)
     )
     return ledger.read(lambda connection: [_job(row) for row in connection.execute(newest)])
 
@@ -193,15 +206,36 @@ def append_chunk(
         if landed is not None:
             return landed if requests else None
         _check_open(job, first_line, _position(connection, job_id))
-        values = {**chunk, "tenant": job.tenant, "model": job.model, "created_at": now()}
-        chunk_id: int = connection.execute(insert(chunks).values(values).returning(chunks.c.id)).scalar_one()
+        chunk_id = _insert_chunk(connection, {**chunk, "tenant": job.tenant, "model": job.model}, blob)
         insert_results(connection, rows)
-        if blob is None:
-            return None
-        connection.execute(insert(chunk_requests).values(chunk_id=chunk_id, requests=blob))
-        return chunk_id
+        return chunk_id if requests else None
 
     return ledger.write(work)
+
+
+def open_asked_job(
+    ledger: Ledger, *, tenant: str, model: str, params: SamplingParams, requests: Sequence[Request]
+) -> tuple[str, int]:
+    """A Job with all its lines in one Chunk, made in one transaction for prompts that somebody waits for.
+
+    Lists leave it out. Returns its id and its Chunk's. Raises DatabaseUnavailable.
+    """
+    job_id = secrets.token_hex(8)
+    row = (job_id, tenant, f"asked {job_id}", model, msgspec.json.encode(params).decode(), "running", True)
+    blob, num_lines = pack_requests(requests), len(requests)
+    chunk = {"job_id": job_id, "tenant": tenant, "model": model, "first_line": 1, "last_line": num_lines}
+    chunk |= {"num_requests": num_lines, "state": "waiting", "attempt": 0, **count([]), "digest": digest.EMPTY}
+    sealed = update(jobs).where(jobs.c.id == job_id).values(num_lines=num_lines)
+
+    def work(connection: Connection) -> int:
+        # An earlier try within this call may have landed without our hearing of it.
+        if insert_new(connection, jobs, _NEW_JOB, [row], stamped=("created_at",)) == 0:
+            landed: int = connection.execute(select(chunks.c.id).where(chunks.c.job_id == job_id)).scalar_one()
+            return landed
+        connection.execute(sealed)
+        return _insert_chunk(connection, chunk, blob)
+
+    return job_id, ledger.write(work)
 
 
 def seal_job(ledger: Ledger, job_id: str, num_lines: int) -> None:
@@ -345,6 +379,14 @@ def _reopen(ledger: Ledger, job_id: str, page: Sequence[Row[Any]], taken_back: D
         return most
 
     return ledger.write(work) if page else 0
+
+
+def _insert_chunk(connection: Connection, values: dict[str, Any], blob: bytes | None) -> int:
+    chunk = insert(chunks).values(**values, created_at=now()).returning(chunks.c.id)
+    chunk_id: int = connection.execute(chunk).scalar_one()
+    if blob is not None:
+        connection.execute(insert(chunk_requests).values(chunk_id=chunk_id, requests=blob))
+    return chunk_id
 
 
 def _rows(statement: Select[*tuple[Any, ...]], connection: Connection) -> Sequence[Row[Any]]:

@@ -3,10 +3,16 @@
 from collections.abc import Collection
 
 import msgspec
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
 from storage.ledger import Ledger
 from storage.tables import chunks, is_there, is_unfinished, jobs
+
+#: Chunk ids per statement, well below the 32766 parameters SQLite takes.
+_MAX_IDS = 500
+
+_num_results = chunks.c.num_ok + chunks.c.num_error
+_landed = select(chunks.c.id, chunks.c.first_line, chunks.c.last_line, _num_results, ~is_unfinished)
 
 
 class LandedChunk(msgspec.Struct, frozen=True):
@@ -26,13 +32,31 @@ def landed_chunks(
 
     Raises DatabaseUnavailable.
     """
-    num_results = chunks.c.num_ok + chunks.c.num_error
-    columns = (chunks.c.id, chunks.c.first_line, chunks.c.last_line, num_results, ~is_unfinished)
-    statement = select(*columns).where(chunks.c.job_id == job_id, chunks.c.first_line > after_line)
-    statement = statement.where((num_results > 0) | ~is_unfinished).order_by(chunks.c.first_line).limit(limit)
+    statement = _landed.where(chunks.c.job_id == job_id, chunks.c.first_line > after_line)
+    statement = statement.where((_num_results > 0) | ~is_unfinished).order_by(chunks.c.first_line).limit(limit)
     if ids is not None:
         statement = statement.where(chunks.c.id.in_(sorted(ids)))
     return ledger.read(lambda connection: [LandedChunk(*row) for row in connection.execute(statement)])
+
+
+def landed_by_id(ledger: Ledger, ids: Collection[int]) -> dict[int, LandedChunk]:
+    """These Chunks of any Jobs, with Results or not; deleted ones are missing. Raises DatabaseUnavailable."""
+    wanted = sorted(ids)
+
+    def work(connection: Connection) -> dict[int, LandedChunk]:
+        found: dict[int, LandedChunk] = {}
+        for start in range(0, len(wanted), _MAX_IDS):
+            statement = _landed.where(chunks.c.id.in_(wanted[start : start + _MAX_IDS]))
+            found |= {row[0]: LandedChunk(*row) for row in connection.execute(statement)}
+        return found
+
+    return ledger.read(work)
+
+
+def num_unfinished_requests(ledger: Ledger, job_id: str) -> int:
+    """Requests in the Job's Chunks in which anything is left to do. Raises DatabaseUnavailable."""
+    statement = select(func.sum(chunks.c.num_requests)).where(chunks.c.job_id == job_id, is_unfinished)
+    return ledger.read(lambda connection: int(connection.scalar(statement) or 0))
 
 
 def job_progress(ledger: Ledger, job_id: str) -> tuple[str, bool] | None:

@@ -85,6 +85,7 @@ jobs = Table(
     Column("model", FreeText, nullable=False),  # the served name, as in the queue's name
     Column("params", Text, nullable=False),  # the Job's default SamplingParams, JSON
     Column("state", String(16), nullable=False),  # submitting | running | finished | cancelled | deleting
+    Column("is_asked", Boolean, nullable=False),  # made for prompts whose caller waits; lists leave it out
     Column("num_lines", BigInteger),  # lines of the input, NULL until the Job is sealed
     Column("created_at", Double, nullable=False),
     Column("ended_at", Double),  # when it became finished or cancelled
@@ -94,13 +95,22 @@ jobs = Table(
     Column("num_cached", BigInteger),  # of num_results
     Column("digest", String(64)),  # of all Results, hex
     CheckConstraint("state IN ('submitting', 'running', 'finished', 'cancelled', 'deleting')", name="state"),
-    Index("ix_jobs_tenant_created_at", "tenant", "created_at"),
 )
 
 # A partial index is used only where the query repeats its condition word for word, hence literals.
 #: Whether the Job is there at all: what is being deleted is none any more, and its identity may be another's.
 is_there = jobs.c.state != literal_column("'deleting'")
 
+#: Whether it was submitted as a Job: of the others there may be very many.
+is_submitted = ~jobs.c.is_asked
+
+Index(
+    "ix_jobs_tenant_created_at",
+    jobs.c.tenant,
+    jobs.c.created_at,
+    sqlite_where=is_submitted,
+    postgresql_where=is_submitted,
+)
 Index(
     "uq_jobs_tenant_identity",
     jobs.c.tenant,

@@ -8,6 +8,7 @@ from producer.client import Client
 from protocol.requests import Answer, Request, Result
 from protocol.settings import Settings
 from storage.jobs import close_job_if_done
+from storage.landing_channel import LandingChannel
 from storage.leases import claim_oldest
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
@@ -25,6 +26,13 @@ def settings(ledger: Ledger, database_url: str, redis_url: str) -> Settings:
 def client(settings: Settings) -> Iterator[Client]:
     with Client(settings) as client:
         yield client
+
+
+@pytest.fixture
+def channel_of_workers(redis_url: str) -> Iterator[LandingChannel]:
+    landings = LandingChannel.connect(redis_url)
+    yield landings
+    landings.close()
 
 
 def answered(request: Request, sample: int = 0) -> Result:

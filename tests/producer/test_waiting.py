@@ -1,7 +1,7 @@
 """Waiting for Results: the order they come in, and who wakes those who wait."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -30,13 +30,6 @@ def never_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_FIRST_S", "_LAST_S", "_LAST_HEARD_S"):
         monkeypatch.setattr(f"producer.pauses.{name}", 1000.0)
     monkeypatch.setattr("producer.job_watch._PROGRESS_S", 1000.0)
-
-
-@pytest.fixture
-def channel_of_workers(redis_url: str) -> Iterator[LandingChannel]:
-    landings = LandingChannel.connect(redis_url)
-    yield landings
-    landings.close()
 
 
 def take_oldest(ledger: Ledger, owner: str = "slow") -> Lease:

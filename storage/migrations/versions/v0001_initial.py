@@ -50,6 +50,7 @@ def _create_jobs() -> None:
         sa.Column("model", sa.Text, nullable=False),
         sa.Column("params", sa.Text, nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("is_asked", sa.Boolean, nullable=False),
         sa.Column("num_lines", sa.BigInteger),
         sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("ended_at", sa.Double),
@@ -62,7 +63,14 @@ def _create_jobs() -> None:
             "state IN ('submitting', 'running', 'finished', 'cancelled', 'deleting')", name=op.f("ck_jobs_state")
         ),
     )
-    op.create_index("ix_jobs_tenant_created_at", "jobs", ["tenant", "created_at"])
+    is_submitted = {"sqlite": sa.text("is_asked = 0"), "postgresql": sa.text("NOT is_asked")}
+    op.create_index(
+        "ix_jobs_tenant_created_at",
+        "jobs",
+        ["tenant", "created_at"],
+        sqlite_where=is_submitted["sqlite"],
+        postgresql_where=is_submitted["postgresql"],
+    )
     is_there = sa.text("state != 'deleting'")
     op.create_index(
         "uq_jobs_tenant_identity",
