@@ -12,7 +12,13 @@ from pathlib import Path
 from cli.finding import Finding, failed, ok, shown_bytes, warning
 from protocol.settings import Settings
 
-CLIENT_ONLY = "not installed: this machine can submit, not work"
+#: What cannot be done without the packages of an extra.
+_ABSENT = {
+    "postgres": "this machine can use SQLite only",
+    "parquet": "this machine reads and writes no Parquet",
+    "worker": "this machine can submit, not work",
+}
+CLIENT_ONLY = f"not installed: {_ABSENT['worker']}"
 _INSTALL_WORKER = "for a worker: pip install torch, then pip install '.[worker]' in Millrace's folder"
 #: Free space on a disk below which a long Job may not get through, and below which nothing will.
 _LOW_DISK_BYTES = 2 << 30
@@ -29,8 +35,9 @@ def check_packages() -> Iterator[Finding]:
     for text in metadata.requires("millrace") or ():
         marked = _EXTRA.search(text)
         groups.setdefault(marked[1] if marked else "", []).append(text)
-    for extra, name in (("", "packages"), ("postgres", "postgres packages"), ("worker", "worker packages")):
-        yield _packages(name, extra, groups.get(extra, []))
+    for extra in ("", *_ABSENT):
+        if extra in groups:
+            yield _packages(f"{extra} packages".lstrip(), extra, groups[extra])
 
 
 def _packages(name: str, extra: str, requirements: list[str]) -> Finding:
@@ -55,10 +62,9 @@ def _packages(name: str, extra: str, requirements: list[str]) -> Finding:
     if wrong or (absent and not extra):
         missing = [f"{package} is missing" for package in absent]
         return failed(name, "; ".join([*wrong, *missing]), install)
-    if absent and extra == "worker":
-        return warning(name, f"{CLIENT_ONLY} ({', '.join(absent)})", _INSTALL_WORKER)
     if absent:
-        return warning(name, f"not installed: this machine can use SQLite only ({', '.join(absent)})", install)
+        way_out = _INSTALL_WORKER if extra == "worker" else install
+        return warning(name, f"not installed: {_ABSENT[extra]} ({', '.join(absent)})", way_out)
     return ok(name, ", ".join(present))
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from protocol.errors import ConfigurationError
 
+#: Columns that a message names.
+_MAX_NAMED = 30
+
 
 @dataclass(frozen=True, slots=True)
 class Columns:
@@ -22,7 +25,7 @@ class Columns:
         if found == 1:
             return names.index(name)
         trouble = f"{found} columns are named {name!r}" if found else f"there is no column {name!r}"
-        there = ", ".join(repr(each) for each in names)
+        there = ", ".join(repr(each) for each in names[:_MAX_NAMED]) + ", ..." * (len(names) > _MAX_NAMED)
         raise ConfigurationError(f"{trouble} for the {what}: --{what}-column takes one of {there}")
 
 
