@@ -29,6 +29,10 @@ class Showing:
     order: "Order" = "input"
     errors: str | None = None
 
+    def takes_stdout(self, output: str | None) -> bool:
+        """Whether Results go there, so that nothing else may."""
+        return STDOUT in (output, self.errors)
+
 
 class Output:
     """A context manager over one or two places. `model` is how the Job's model is called, its own name by default."""

@@ -13,7 +13,7 @@ import click
 
 from cli.interrupts import Interrupts
 from cli.options import job_option, reading_options, retry_option, sampling_options, showing_options
-from cli.output import STDIN, STDOUT, Output, Showing, check_output, shown_output
+from cli.output import STDIN, Output, Showing, check_output, shown_output
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
 
@@ -165,9 +165,10 @@ class _Run:
         else:
             how = f"{seconds:,.1f} s, as Job {job.id}; the same command again computes nothing"
         parts = [summary.text(status, shown_output(output, writing.showing)), how]
-        if output != STDOUT and (answers := summary.first_answers(prompts)):
+        is_on_stderr = writing.showing.takes_stdout(output)
+        if not is_on_stderr and (answers := summary.first_answers(prompts)):
             parts += ["", answers]
-        click.echo("\n".join(parts), err=output == STDOUT)
+        click.echo("\n".join(parts), err=is_on_stderr)
         check_any_answer(status, f"they are in {shown_output(writing.showing.errors or output)}")
 
     def _compute(self) -> "Job":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.options import job_option, reading_options, retry_option, sampling_options, showing_options
-from cli.output import STDIN, STDOUT, Output, Showing, check_output, shown_output
+from cli.output import STDIN, Output, Showing, check_output, shown_output
 from protocol.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def command(
             on_progress=lambda number: progress.show(lambda: f"{number:,} lines are in"),
         )
         progress.clear()
-        click.echo(job.id, err=output == STDOUT)
+        click.echo(job.id, err=showing.takes_stdout(output))
         if not wait and output is None:
             return
         if output is None:

@@ -458,6 +458,20 @@ def test_results_go_where_and_how_they_are_asked_for(here: Invoke, answer: Calla
     ]
 
 
+def test_stdin_and_stdout_take_any_format_they_are_told(
+    here: Invoke, answer: Callable[[], None], tmp_path: Path
+) -> None:
+    arguments = ("submit", "-", "--job", "mine", "--input-format", "csv", "-o", "out.jsonl", "--errors", "-")
+    here(*arguments[:6], stdin="prompt\nHello\nBye,bye\n")
+    answer()
+
+    result = here(*arguments, stdin="")
+
+    assert [json.loads(line)["line"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [1]
+    assert [json.loads(line)["error"]["code"] for line in result.stdout.splitlines()] == ["invalid_csv"]
+    assert "written to out.jsonl, errors to stdout" in result.stderr
+
+
 def test_missing_column_makes_no_job_and_names_those_there_are(here: Invoke, tmp_path: Path) -> None:
     (tmp_path / "prompts.csv").write_text("key,question\na,Hello\n")
 
