@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from producer.columns import Columns
-from producer.raw_lines import MAX_LINE_BYTES, RawLine, too_long
+from producer.raw_lines import MAX_LINE_BYTES, DamagedContent, RawLine, too_long
 from protocol.errors import ConfigurationError, InvalidRequest
 
 #: Rows read at a time, and how many bytes of values these may be on average.
@@ -61,7 +61,7 @@ class ParquetRows:
                 ids = self._values(batch.column(self._id)) if self._id is not None else [None] * len(prompts)
                 yield from map(_line, prompts, ids)
         except (self._arrow.ArrowException, OSError) as error:
-            raise EOFError(str(error)) from error
+            raise DamagedContent from error
 
     def _batch_rows(self) -> int:
         """So many that their prompts are not too much at once, where some rows are long."""

@@ -12,6 +12,10 @@ RawLine = bytes | InvalidRequest
 MAX_LINE_BYTES = 16 * 1024 * 1024
 
 
+class DamagedContent(Exception):
+    """A file whose content is not what its beginning or its end promised; Source says which file and where."""
+
+
 def split_lines(file: BinaryIO) -> Iterator[RawLine]:
     """The file's lines; of one over MAX_LINE_BYTES only as much is held as shows that it is too long."""
     while raw := file.readline(MAX_LINE_BYTES + 1):

@@ -16,7 +16,7 @@ from producer.file_format import FileFormat, format_of
 from producer.identity import file_digest, lines_digest, reading_digest
 from producer.lines import encode_item
 from producer.parquet_rows import ParquetRows, seekable
-from producer.raw_lines import RawLine, split_lines
+from producer.raw_lines import DamagedContent, RawLine, split_lines
 from protocol.errors import ConfigurationError, DamagedInput
 
 #: A path, an open binary file, or items: a string is a prompt, a mapping what a line of a JSONL file would hold.
@@ -123,10 +123,12 @@ class Source:
                 number += 1
         except ConfigurationError as error:
             raise ConfigurationError(f"cannot read {self}: {error}") from error
-        except DAMAGES as error:
+        except (*DAMAGES, DamagedContent) as error:
             what = "breaks off" if isinstance(error, EOFError) else "is damaged"
             known = self._format.compression or self._format.kind
             raise DamagedInput(f"{self} {what} {_after(number)}{_position(file)}, as {known} is read") from error
+        except OSError as error:
+            raise ConfigurationError(f"cannot read {self} {_after(number)}: {error.strerror}") from error
 
     def _lines_of(self, file: BinaryIO) -> Iterator[RawLine]:
         if self._format.kind == "parquet":

@@ -294,6 +294,18 @@ def test_a_file_that_is_not_what_its_name_says_is_named_before_anything_is_made(
     assert client.jobs() == []
 
 
+def test_a_damaged_page_of_parquet_is_named_with_what_came_before_it(tmp_path: Path) -> None:
+    table = pa.table({"prompt": [os.urandom(50).hex() for _ in range(4_000)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2_000, compression="zstd", use_dictionary=False)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    middle = len(content) * 9 // 16
+    content[middle : middle + 20_000] = b"\xff" * 20_000
+    (tmp_path / "a.parquet").write_bytes(content)
+
+    with pytest.raises(DamagedInput, match=r"a\.parquet is damaged after line \d+, at byte \d+.*as parquet is read"):
+        read(tmp_path / "a.parquet")
+
+
 def test_damage_within_is_told_from_a_break(tmp_path: Path) -> None:
     path = tmp_path / "a.csv.gz"
     data = bytearray(gzip.compress(b"prompt\n" + os.urandom(30_000).hex().encode() + b"\nb\n"))
