@@ -24,6 +24,7 @@ from sqlalchemy import (
 )
 
 from protocol.errors import JobNotFound, SubmissionConflict
+from protocol.priority import DEFAULT_PRIORITY, PRIORITIES, Priority, rank
 from protocol.requests import Request, Result, pack_requests
 from protocol.sampling import SamplingParams
 from storage import digest
@@ -56,7 +57,7 @@ _PAGE = 1000
 #: Chunks whose errors are taken back in one transaction, which meanwhile keeps the Job's producer waiting.
 _REOPENED = 100
 
-_NEW_JOB = ("id", "tenant", "identity", "model", "params", "state", "is_asked")
+_NEW_JOB = ("id", "tenant", "identity", "model", "params", "priority", "state", "is_asked")
 
 _decode_params = msgspec.json.Decoder(SamplingParams).decode
 
@@ -77,6 +78,7 @@ class Job(msgspec.Struct, frozen=True):
     identity: str
     model: str
     params: SamplingParams
+    priority: Priority
     state: JobState
     created_at: float
     num_lines: int | None  # None until sealed
@@ -105,10 +107,19 @@ class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
         return self.job.state == "finished"
 
 
-def open_job(ledger: Ledger, *, tenant: str, identity: str, model: str, params: SamplingParams) -> tuple[Job, bool]:
+def open_job(
+    ledger: Ledger,
+    *,
+    tenant: str,
+    identity: str,
+    model: str,
+    params: SamplingParams,
+    priority: Priority = DEFAULT_PRIORITY,
+) -> tuple[Job, bool]:
     """The tenant's Job with this identity, made now if there is none; True if it was. Raises DatabaseUnavailable."""
     job_id = secrets.token_hex(8)
-    row = (job_id, tenant, identity, model, msgspec.json.encode(params).decode(), "submitting", False)
+    shown = msgspec.json.encode(params).decode()
+    row = (job_id, tenant, identity, model, shown, rank(priority), "submitting", False)
 
     def work(connection: Connection) -> Job:
         insert_new(connection, jobs, _NEW_JOB, [row], stamped=("created_at",))
@@ -117,6 +128,12 @@ def open_job(ledger: Ledger, *, tenant: str, identity: str, model: str, params: 
 
     job = ledger.write(work)
     return job, job.id == job_id
+
+
+def set_priority(ledger: Ledger, job_id: str, priority: Priority) -> None:
+    """For what of the Job nobody has claimed yet. Raises DatabaseUnavailable."""
+    changed = update(jobs).where(jobs.c.id == job_id).values(priority=rank(priority))
+    ledger.write(lambda connection: connection.execute(changed))
 
 
 def find_job(ledger: Ledger, name: str, tenant: str, *, among: ColumnElement[bool] = is_there) -> Job:
@@ -406,7 +423,7 @@ def _job_by_id(connection: Connection, job_id: str) -> Job:
 
 def _job(row: Any) -> Job:
     fields = {name: getattr(row, name) for name in Job.__struct_fields__}
-    return Job(**(fields | {"params": _decode_params(row.params)}))
+    return Job(**(fields | {"params": _decode_params(row.params), "priority": PRIORITIES[row.priority]}))
 
 
 def _position(connection: Connection, job_id: str) -> int:

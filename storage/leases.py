@@ -5,6 +5,7 @@ A lease whose time has passed is still its owner's until somebody else claims th
 
 from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -12,14 +13,17 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Update,
+    bindparam,
     or_,
     select,
     update,
 )
 
+from protocol.priority import PRIORITIES
 from protocol.requests import Request, unpack_requests
 from protocol.sampling import SamplingParams
 from storage.clock import now, now_once
+from storage.intake_order import next_chunks
 from storage.ledger import Ledger
 from storage.tables import chunk_requests, chunks, is_leased, is_waiting, jobs, results
 
@@ -27,6 +31,10 @@ from storage.tables import chunk_requests, chunks, is_leased, is_waiting, jobs, 
 _MAX_IDS = 500
 
 _decode_params = msgspec.json.Decoder(SamplingParams).decode
+
+
+_JOB = select(jobs.c.params, jobs.c.priority, jobs.c.created_at).where(jobs.c.id == bindparam("job"))
+_REQUESTS = select(chunk_requests.c.requests).where(chunk_requests.c.chunk_id == bindparam("chunk"))
 
 
 class _Resolved(msgspec.Struct):
@@ -48,6 +56,7 @@ class Lease(msgspec.Struct, frozen=True):
     tenant: str
     model: str
     job_params: SamplingParams
+    priority: int  # the Job's class, as in NewSequence
     requests: list[Request]  # whole Requests, those whose Results are all stored left out
     done: frozenset[tuple[int, int]]  # (line, sample) of `requests` that an earlier attempt stored
     submitted_at: float  # when the Job was made; this and the next by the database's clock
@@ -70,30 +79,34 @@ def claim(ledger: Ledger, chunk_id: int, owner: str, lease_s: float) -> Lease | 
     return ledger.write(lambda connection: _lease(connection, claimed))
 
 
-def claim_oldest(
-    ledger: Ledger, model: str, owner: str, lease_s: float, *, min_age_s: float, held: Collection[int] = ()
+def claim_next(
+    ledger: Ledger,
+    model: str,
+    owner: str,
+    lease_s: float,
+    *,
+    ranks: Collection[int] = range(len(PRIORITIES)),
+    min_age_s: float = 0.0,
+    held: Collection[int] = (),
 ) -> Lease | None:
-    """Lease a Chunk of `model` without having been told of it; None when there is none.
+    """Lease the Chunk of `model` whose turn it is, among Jobs of these classes; None when there is none.
 
     `held` are the Chunks that `owner` believes to hold: their leases may have run out while it slept, and are for it
     to renew. Its other leases it has given up, and may take again like anybody's.
 
-    The lease that ran out first goes first: it was claimed before anything that still waits. Then comes the oldest
-    waiting Chunk, if it was made at least `min_age_s` ago; a younger one's message is probably on its way.
+    The lease that ran out first goes first: it was claimed before anything that still waits. Then comes the first of
+    `intake_order.next_chunks`, made at least `min_age_s` ago; who has not been told of it by a message leaves younger
+    ones to those who are.
     """
     expired = select(chunks.c.id).where(chunks.c.model == model, is_leased, chunks.c.leased_until <= now_once())
     if held:
         expired = expired.where(or_(chunks.c.owner != owner, chunks.c.id.not_in(list(held))))
     expired = expired.order_by(chunks.c.leased_until).limit(1).with_for_update(skip_locked=True)
-    # The age is looked at outside of the LIMIT: inside, a burst of young Chunks would be walked from end to end.
-    head = select(chunks.c.id, chunks.c.created_at).where(chunks.c.model == model, is_waiting)
-    oldest = head.order_by(chunks.c.created_at, chunks.c.id).limit(1).with_for_update(skip_locked=True).subquery()
-    waiting = select(oldest.c.id).where(oldest.c.created_at <= now_once() - min_age_s)
 
     def work(connection: Connection) -> Lease | None:
-        for candidate in (expired, waiting):
-            claimed = _claiming(owner, lease_s).where(chunks.c.id == candidate.scalar_subquery())
-            lease = _lease(connection, claimed)
+        ended = connection.execute(expired).scalars()
+        for chunk_id in chain(ended, next_chunks(connection, model, ranks, min_age_s)):
+            lease = _lease(connection, _claiming(owner, lease_s).where(chunks.c.id == chunk_id))
             if lease is not None:
                 return lease
         return None
@@ -186,10 +199,9 @@ def _lease(connection: Connection, claimed: Update) -> Lease | None:
     row = connection.execute(claimed.returning(chunks, now().label("claimed_at"))).one_or_none()
     if row is None:
         return None
-    job = connection.execute(select(jobs.c.params, jobs.c.created_at).where(jobs.c.id == row.job_id)).one()
+    job = connection.execute(_JOB, {"job": row.job_id}).one()
     job_params = _decode_params(job.params)
-    blob = select(chunk_requests.c.requests).where(chunk_requests.c.chunk_id == row.id)
-    requests = unpack_requests(connection.execute(blob).scalar_one())
+    requests = unpack_requests(connection.execute(_REQUESTS, {"chunk": row.id}).scalar_one())
     done: frozenset[tuple[int, int]] = frozenset()
     if row.attempt > 1:
         requests, done = _left(connection, row, job_params, requests)
@@ -201,6 +213,7 @@ def _lease(connection: Connection, claimed: Update) -> Lease | None:
         tenant=row.tenant,
         model=row.model,
         job_params=job_params,
+        priority=job.priority,
         requests=requests,
         done=done,
         submitted_at=job.created_at,

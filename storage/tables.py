@@ -84,6 +84,7 @@ jobs = Table(
     Column("identity", FreeText, nullable=False),  # what makes a second submit of the same input the same Job
     Column("model", FreeText, nullable=False),  # the served name, as in the queue's name
     Column("params", Text, nullable=False),  # the Job's default SamplingParams, JSON
+    Column("priority", Integer, nullable=False),  # protocol.priority.rank of its class
     Column("state", String(16), nullable=False),  # submitting | running | finished | cancelled | deleting
     Column("is_asked", Boolean, nullable=False),  # made for prompts whose caller waits; lists leave it out
     Column("num_lines", BigInteger),  # lines of the input, NULL until the Job is sealed
@@ -110,6 +111,18 @@ Index(
     jobs.c.created_at,
     sqlite_where=is_submitted,
     postgresql_where=is_submitted,
+)
+
+#: Whether the Job's Chunks may be worked on.
+is_open = jobs.c.state.in_([literal_column("'submitting'"), literal_column("'running'")])
+
+Index(
+    "ix_jobs_open",
+    jobs.c.model,
+    jobs.c.priority,
+    jobs.c.created_at,
+    sqlite_where=is_open,
+    postgresql_where=is_open,
 )
 Index(
     "uq_jobs_tenant_identity",
@@ -154,14 +167,7 @@ is_leased = chunks.c.state == literal_column("'leased'")
 is_unfinished = chunks.c.state.in_([literal_column("'waiting'"), literal_column("'leased'")])
 
 # Not by the id alone, in whose order PostgreSQL would rather walk the primary key past all that is finished.
-Index(
-    "ix_chunks_waiting",
-    chunks.c.model,
-    chunks.c.created_at,
-    chunks.c.id,
-    sqlite_where=is_waiting,
-    postgresql_where=is_waiting,
-)
+Index("ix_chunks_waiting", chunks.c.job_id, chunks.c.first_line, sqlite_where=is_waiting, postgresql_where=is_waiting)
 Index("ix_chunks_leased", chunks.c.model, chunks.c.leased_until, sqlite_where=is_leased, postgresql_where=is_leased)
 Index("ix_chunks_unfinished", chunks.c.job_id, chunks.c.id, sqlite_where=is_unfinished, postgresql_where=is_unfinished)
 

@@ -20,7 +20,7 @@ from protocol.requests import Failure
 from protocol.settings import Settings
 from storage.answers import AnswerCache
 from storage.landing_channel import LandingChannel
-from storage.leases import Lease, claim, claim_oldest, release, renew, still_leased
+from storage.leases import Lease, claim, claim_next, release, renew, still_leased
 from storage.ledger import Ledger
 from worker.committer import Committer
 from worker.inference import ENGINE_MODULE, Inference
@@ -178,7 +178,7 @@ class ChunkService:
             try:
                 if ticket is not None:
                     self._claim(ticket)
-                elif not self._claim_oldest():
+                elif not self._claim_next():
                     next_look = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
             except DatabaseUnavailable as error:
                 logger.warning("the database is away, trying again: %s", error)
@@ -197,11 +197,11 @@ class ChunkService:
             return
         self._work(lease, ticket)
 
-    def _claim_oldest(self) -> bool:
+    def _claim_next(self) -> bool:
         model, lease_s = self._settings.served_model, self._settings.lease_seconds
         with self._open_lock:
             held = list(self._open)
-        lease = claim_oldest(self._ledger, model, self.owner, lease_s, min_age_s=_IDLE_CLAIM_AGE_S, held=held)
+        lease = claim_next(self._ledger, model, self.owner, lease_s, min_age_s=_IDLE_CLAIM_AGE_S, held=held)
         if lease is None:
             return False
         logger.info(

@@ -17,7 +17,7 @@ from protocol.requests import Answer, Failure, Result
 from storage.answers import insert_answers
 from storage.clock import now
 from storage.jobs import cancel_job, close_job_if_done
-from storage.leases import claim_oldest
+from storage.leases import claim_next
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
 from storage.tables import jobs
@@ -42,7 +42,7 @@ def answer(database_url: str) -> Callable[[], None]:
 
     def answer() -> None:
         ledger = Ledger(database_url)
-        lease = claim_oldest(ledger, "tiny", "worker", 60, min_age_s=0)
+        lease = claim_next(ledger, "tiny", "worker", 60, min_age_s=0)
         assert lease is not None
         results = [
             Result(
@@ -403,7 +403,7 @@ def test_verify_proves_a_finished_job_and_its_file_and_names_what_is_wrong_with_
 def test_dead_letters_are_listed_shown_dropped_and_replayed_by_job_and_line(here: Invoke, database_url: str) -> None:
     job = here("submit", "prompts.jsonl").stdout.strip()
     with closing(Ledger(database_url)) as ledger:
-        lease = claim_oldest(ledger, "tiny", "worker", 60, min_age_s=0)
+        lease = claim_next(ledger, "tiny", "worker", 60, min_age_s=0)
         assert lease is not None
         failure = Failure("engine_died", "the engine died of it")
         commit(ledger, [ChunkCommit(lease, [Result(line=line, failure=failure) for line in (1, 3)], is_finished=True)])

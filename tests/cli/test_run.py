@@ -12,7 +12,7 @@ import pytest
 
 from protocol.requests import Answer, Failure, Result
 from storage.jobs import close_job_if_done, list_jobs
-from storage.leases import claim_oldest
+from storage.leases import claim_next
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
 from tests.cli.conftest import Invoke
@@ -46,7 +46,7 @@ def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def answer(_self: LocalSystem, _num_results: int) -> None:
         job, *_ = list_jobs(ledger, "default", 1)
-        lease = claim_oldest(ledger, job.model, "worker", 60, min_age_s=0)
+        lease = claim_next(ledger, job.model, "worker", 60, min_age_s=0)
         if lease is None:
             return
         answers = {
@@ -337,7 +337,7 @@ def failing(tmp_path: Path) -> Callable[[LocalSystem, int], None]:
     def fail(_self: LocalSystem, _num_results: int) -> None:
         with closing(Ledger(f"sqlite:///{tmp_path}/.millrace/ledger.db")) as ledger:
             job, *_ = list_jobs(ledger, "default", 1)
-            lease = claim_oldest(ledger, job.model, "worker", 60, min_age_s=0)
+            lease = claim_next(ledger, job.model, "worker", 60, min_age_s=0)
             if lease is None:
                 return
             died = Failure("engine_died", "it died")

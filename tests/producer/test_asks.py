@@ -16,7 +16,7 @@ from protocol.sampling import SamplingParams
 from protocol.settings import Settings
 from storage.jobs import cancel_job, close_job_if_done
 from storage.landing_channel import LandingChannel
-from storage.leases import Lease, claim_oldest
+from storage.leases import Lease, claim_next
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
 from storage.tables import chunks, jobs
@@ -38,7 +38,7 @@ def worker(
 
     def work() -> None:
         while not is_over.wait(0.005):
-            while (lease := claim_oldest(ledger, MODEL, "worker", 60, min_age_s=0)) is not None:
+            while (lease := claim_next(ledger, MODEL, "worker", 60, min_age_s=0)) is not None:
                 claimed.append(lease)
                 results = [answered(request) for request in lease.requests] if answer is None else answer(lease)
                 commit(ledger, [ChunkCommit(lease, results, is_finished=True)])

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import insert, select, update
 
+from protocol.priority import Priority
 from protocol.requests import Answer, Failure, Request, Result
 from protocol.sampling import SamplingParams, resolve
 from storage.clock import now
@@ -20,8 +21,17 @@ MODEL = "tiny"
 PARAMS = resolve(SamplingParams(temperature=0), max_tokens=8)
 
 
-def new_job(ledger: Ledger, identity: str = "input-1", *, model: str = MODEL, **params: Any) -> Job:
-    job, _ = open_job(ledger, tenant="acme", identity=identity, model=model, params=SamplingParams(**params))
+def new_job(
+    ledger: Ledger,
+    identity: str = "input-1",
+    *,
+    model: str = MODEL,
+    tenant: str = "acme",
+    priority: Priority = "normal",
+    **params: Any,
+) -> Job:
+    given = SamplingParams(**params)
+    job, _ = open_job(ledger, tenant=tenant, identity=identity, model=model, params=given, priority=priority)
     return job
 
 

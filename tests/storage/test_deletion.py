@@ -23,7 +23,7 @@ from storage.jobs import (
     seal_job,
 )
 from storage.landings import job_progress
-from storage.leases import claim_oldest, renew
+from storage.leases import claim_next, renew
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit, read_results
 from storage.tables import chunk_requests, chunks, jobs, results
@@ -153,7 +153,7 @@ def test_deleting_while_workers_commit_leaves_nothing_behind(ledger: Ledger) -> 
     is_started = threading.Event()
 
     def work() -> None:
-        while (lease := claim_oldest(ledger, MODEL, "worker", 60, min_age_s=0)) is not None:
+        while (lease := claim_next(ledger, MODEL, "worker", 60, min_age_s=0)) is not None:
             for request in lease.requests:
                 commit(ledger, [ChunkCommit(lease, [answered(request.line)], is_finished=request.line % 2 == 0)])
                 is_started.set()

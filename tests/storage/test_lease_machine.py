@@ -21,7 +21,7 @@ from protocol.requests import Request, Result
 from storage.dead_letters import DEAD_CODES, list_dead_letters
 from storage.digest import EMPTY, added
 from storage.jobs import append_chunk, cancel_job, reopen_errors
-from storage.leases import Lease, claim, claim_oldest, release, renew, still_leased
+from storage.leases import Lease, claim, claim_next, release, renew, still_leased
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit, count, read_results
 from tests.storage.samples import answered, chunk_row, died, expire, failed, new_job
@@ -88,10 +88,10 @@ class _LeaseMachine(RuleBasedStateMachine):
         return multiple() if lease is None else self._claimed(chunk, lease, owner)
 
     @rule(target=leases, owner=_OWNERS)
-    def claim_oldest(self, owner: str) -> object:
+    def claim_next(self, owner: str) -> object:
         free = [chunk for chunk in self.chunks if chunk.state == "leased" and chunk.is_expired]
         free = free or [chunk for chunk in self.chunks if chunk.state == "waiting"][:1]
-        lease = claim_oldest(self.ledger, self.model, owner, 600, min_age_s=0)
+        lease = claim_next(self.ledger, self.model, owner, 600, min_age_s=0)
         if lease is None:
             assert free == []
             return multiple()

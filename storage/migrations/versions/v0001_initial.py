@@ -49,6 +49,7 @@ def _create_jobs() -> None:
         sa.Column("identity", sa.Text, nullable=False),
         sa.Column("model", sa.Text, nullable=False),
         sa.Column("params", sa.Text, nullable=False),
+        sa.Column("priority", sa.Integer, nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("is_asked", sa.Boolean, nullable=False),
         sa.Column("num_lines", sa.BigInteger),
@@ -70,6 +71,14 @@ def _create_jobs() -> None:
         ["tenant", "created_at"],
         sqlite_where=is_submitted["sqlite"],
         postgresql_where=is_submitted["postgresql"],
+    )
+    is_open = sa.text("state IN ('submitting', 'running')")
+    op.create_index(
+        "ix_jobs_open",
+        "jobs",
+        ["model", "priority", "created_at"],
+        sqlite_where=is_open,
+        postgresql_where=is_open,
     )
     is_there = sa.text("state != 'deleting'")
     op.create_index(
@@ -110,7 +119,7 @@ def _create_chunks() -> None:
         sa.CheckConstraint("state IN ('waiting', 'leased', 'finished', 'cancelled')", name=op.f("ck_chunks_state")),
         sqlite_autoincrement=True,
     )
-    _create_partial_index("ix_chunks_waiting", ["model", "created_at", "id"], "state = 'waiting'")
+    _create_partial_index("ix_chunks_waiting", ["job_id", "first_line"], "state = 'waiting'")
     _create_partial_index("ix_chunks_leased", ["model", "leased_until"], "state = 'leased'")
     _create_partial_index("ix_chunks_unfinished", ["job_id", "id"], "state IN ('waiting', 'leased')")
     op.create_table(
