@@ -8,6 +8,7 @@ import click
 
 from cli.output import Showing
 from producer.file_format import FORMATS, format_of
+from protocol.priority import PRIORITIES
 from protocol.sampling import TOO_LONG, SamplingParams
 
 
@@ -144,6 +145,13 @@ job_option = click.option(
     callback=_not_empty,
     help="Name the Job; the same name goes on with it, whatever the input: once all lines are in, it is not read "
     "again. Needed for stdin. Default: equal input, options and model are the same Job.",
+)
+
+priority_option = click.option(
+    "--priority",
+    type=click.Choice(PRIORITIES),
+    help="What is more urgent goes first, whatever else waits. Default: normal. With a Job that is there already it "
+    "changes that of what nobody has begun.",
 )
 
 retry_option = click.option(

@@ -32,7 +32,7 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
     from redis import Redis
     from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-    from protocol.celery_app import bulk_queue
+    from protocol.celery_app import chunk_queues
 
     shown = shown_broker(settings.broker_url)
     url = settings.broker_url.replace("redis+socket://", "unix://", 1)
@@ -40,8 +40,8 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
         try:
             pings = [_timed_ping(client) for _ in range(_NUM_PINGS)]
             info: dict[str, Any] = client.info()
-            queue = bulk_queue(settings.served_model)
-            lengths = f"queue {queue} {client.llen(queue)}, unacked {client.hlen('unacked')}"
+            waiting = ", ".join(f"{queue} {client.llen(queue)}" for queue in chunk_queues(settings.served_model))
+            lengths = f"queues {waiting}, unacked {client.hlen('unacked')}"
         except (AuthenticationError, NoPermissionError) as error:
             yield failed("redis", f"{shown} refuses the login: {error}", "set the password in MILLRACE_BROKER_URL")
             return

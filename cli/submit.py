@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.options import job_option, reading_options, retry_option, sampling_options, showing_options
+from cli.options import job_option, priority_option, reading_options, retry_option, sampling_options, showing_options
 from cli.output import STDIN, Output, Showing, check_output, shown_output
 from protocol.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from producer.source import Reading
+    from protocol.priority import Priority
 
 
 @click.command("submit", short_help="Put a file of prompts into the queue.")
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Write the Results there at the end, as its suffixes say; - is stdout, as JSON lines. Includes --wait.",
 )
+@priority_option
 @retry_option
 @job_option
 @reading_options
@@ -32,6 +34,7 @@ def command(
     input_path: str,
     wait: bool,
     output: str | None,
+    priority: "Priority | None",
     retry_errors: bool,
     name: str | None,
     reading: "Reading",
@@ -68,6 +71,7 @@ def command(
             source,
             name=name,
             params=params,
+            priority=priority,
             retry_errors=retry_errors,
             on_progress=lambda number: progress.show(lambda: f"{number:,} lines are in"),
         )

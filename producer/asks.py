@@ -18,6 +18,7 @@ from producer.doorbell import Doorbell
 from producer.job_results import stored_results
 from producer.wakeups import WaitStopped, Wakeup, Wakeups
 from protocol.errors import DatabaseUnavailable, JobNotFound, MillraceError
+from protocol.priority import ASKED_PRIORITY
 from protocol.requests import Request, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings
@@ -144,7 +145,7 @@ class Asks:
         with self._lock:
             self._open[chunk_id] = _OpenJob(job_id, waiting)
         self._wakeups.add(job_id, self._wakeup)
-        self._doorbell.ring(chunk_id, model)
+        self._doorbell.ring(chunk_id, model, ASKED_PRIORITY)
         self._wakeup.ring(set())  # whoever delivers may have been waiting for nothing in particular
 
     def _deliver(self) -> None:

@@ -19,6 +19,7 @@ from producer.job_results import Order
 from producer.source import Input, Source
 from producer.wakeups import Wakeup
 from protocol.errors import TimedOut
+from protocol.priority import Priority
 from protocol.requests import Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings
@@ -105,6 +106,7 @@ class AsyncClient:
         *,
         name: str | None = None,
         params: SamplingParams = UNSET_PARAMS,
+        priority: Priority | None = None,
         model_names: Sequence[str] = (),
         retry_errors: bool = False,
         window: int | None = None,
@@ -121,6 +123,7 @@ class AsyncClient:
                 given,
                 name=name,
                 params=params,
+                priority=priority,
                 model_names=model_names,
                 retry_errors=retry_errors,
                 window=window,

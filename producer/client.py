@@ -26,6 +26,7 @@ from protocol.errors import (
     SubmissionConflict,
     TimedOut,
 )
+from protocol.priority import DEFAULT_PRIORITY, Priority
 from protocol.requests import Request, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
@@ -48,6 +49,7 @@ from storage.jobs import (
     list_jobs,
     open_job,
     reopen_errors,
+    set_priority,
     unclaimed_chunks,
 )
 from storage.landing_channel import LandingChannel
@@ -119,6 +121,7 @@ class Client:
         *,
         name: str | None = None,
         params: SamplingParams = UNSET_PARAMS,
+        priority: Priority | None = None,
         model_names: Sequence[str] = (),
         retry_errors: bool = False,
         window: int | None = None,
@@ -128,9 +131,10 @@ class Client:
         """Make a Job of the source's lines, or find the one that was made of the same before and go on with it.
 
         The same means equal content, `params` and model; with a `name`, that name alone, which a source that can be
-        read only once needs. `params` hold where a line says nothing. A line may ask for a model by one of
-        `model_names` (default: the served name), and by what the source's Reading maps to one of them. `on_progress` is
-        told the number of the last line that is in. With `retry_errors` the Job's errors are tried again as by `retry`.
+        read only once needs. `params` hold where a line says nothing. `priority` is the Job's class, of one that is
+        there already too; without it a new one is "normal". A line may ask for a model by one of `model_names`
+        (default: the served name), and by what the source's Reading maps to one of them. `on_progress` is told the
+        number of the last line that is in. With `retry_errors` the Job's errors are tried again as by `retry`.
 
         A source is read a Chunk at a time, whatever its length, and without a `window` as fast as the database takes
         it, whether anybody works or not. With one this waits while more than so many Requests are unfinished, so that
@@ -148,8 +152,17 @@ class Client:
         identity = self._identity(content, name, params)
         if self.find_same(content, name=name, params=params) is None:
             content.check()  # a Job that has all its lines does without its input
-        job, _ = open_job(self._ledger, tenant=self.settings.tenant, identity=identity, model=model, params=params)
+        job, _ = open_job(
+            self._ledger,
+            tenant=self.settings.tenant,
+            identity=identity,
+            model=model,
+            params=params,
+            priority=priority or DEFAULT_PRIORITY,
+        )
         self._check_same(job, params)
+        if priority not in (None, job.priority):
+            job = self.set_priority(job, priority)
         if job.state == "submitting":
             try:
                 intake.run(job, content, names, on_progress)
@@ -195,6 +208,12 @@ class Client:
         if num_results > 1:
             raise InvalidRequest("invalid_parameter", f"this asks for {num_results} Results, not one: use submit")
         return self._asks.put(request, params)
+
+    def set_priority(self, job: Job | str, priority: Priority) -> Job:
+        """Let what of the Job nobody has begun have this class. Raises JobNotFound."""
+        job_id = self._id(job)
+        set_priority(self._ledger, job_id, priority)
+        return self.find(job_id)
 
     def retry(self, job: Job | str) -> int:
         """Have the Job's errors whose cause may be gone (RETRIABLE_CODES) computed again; returns how many.
@@ -335,7 +354,7 @@ class Client:
         """Tell the broker of the Job's Chunks that wait: for a broker that is new and cannot know of them."""
         found = self.find(self._id(job))
         for chunk_id in unclaimed_chunks(self._ledger, found.id):
-            self._doorbell.ring(chunk_id, found.model)
+            self._doorbell.ring(chunk_id, found.model, found.priority)
 
     def _identity(self, content: Source, name: str | None, params: SamplingParams) -> str:
         if name == "":

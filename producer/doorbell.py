@@ -5,7 +5,8 @@ import time
 
 from kombu.exceptions import OperationalError
 
-from protocol.celery_app import CHUNK_TASK, bulk_queue, make_app
+from protocol.celery_app import CHUNK_TASK, chunk_queue, make_app
+from protocol.priority import Priority
 from protocol.settings import Settings
 
 logger = logging.getLogger("millrace.producer")
@@ -26,7 +27,7 @@ class Doorbell:
         self._resting_until = 0.0
         self._is_told = False
 
-    def ring(self, chunk_id: int, model: str) -> None:
+    def ring(self, chunk_id: int, model: str, priority: Priority) -> None:
         """Publish the Chunk's message."""
         if time.monotonic() < self._resting_until:
             return
@@ -35,7 +36,7 @@ class Doorbell:
             self._app.send_task(
                 CHUNK_TASK,
                 args=(chunk_id,),
-                queue=bulk_queue(model),
+                queue=chunk_queue(model, priority),
                 ignore_result=True,
                 retry=True,
                 retry_policy={"max_retries": 1, "interval_start": 0.1},

@@ -66,7 +66,7 @@ class Intake:
                 position = last_line
                 self._room -= len(requests)
                 if chunk_id is not None:
-                    self._doorbell.ring(chunk_id, job.model)
+                    self._doorbell.ring(chunk_id, job.model, job.priority)
                 if on_progress is not None:
                     on_progress(position)
                 self._wakeup.check()

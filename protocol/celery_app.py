@@ -6,6 +6,7 @@ Messages are msgpack inside Millrace; JSON is accepted from foreign callers, pic
 
 from celery import Celery
 
+from protocol.priority import PRIORITIES, Priority, rank
 from protocol.settings import Settings
 
 CHUNK_TASK = "millrace.chunk"
@@ -15,8 +16,27 @@ _RESULT_EXPIRES_S = 86_400
 
 
 def bulk_queue(model: str) -> str:
-    """The queue that carries Chunks for one served model."""
+    """The queue that carries the Chunks of one served model's bulk Jobs."""
     return f"millrace.{model}.bulk"
+
+
+def normal_queue(model: str) -> str:
+    """The queue that carries the Chunks of its other Jobs, the interactive ones among them."""
+    return f"millrace.{model}.normal"
+
+
+def chunk_queue(model: str, priority: Priority) -> str:
+    """The queue for the Chunks of such a Job. Which Chunk a message gets is decided in the ledger."""
+    return bulk_queue(model) if priority == "bulk" else normal_queue(model)
+
+
+def chunk_queues(model: str) -> dict[str, tuple[int, ...]]:
+    """All queues of Chunks, with the classes, as `rank` numbers them, whose Chunks their messages are for."""
+    ranks: dict[str, tuple[int, ...]] = {}
+    for priority in PRIORITIES:
+        queue = chunk_queue(model, priority)
+        ranks[queue] = (*ranks.get(queue, ()), rank(priority))
+    return ranks
 
 
 def make_app(settings: Settings) -> Celery:

@@ -7,6 +7,8 @@ Priority = Literal["interactive", "normal", "bulk"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 #: Of a Job that asks for none.
 DEFAULT_PRIORITY: Priority = "normal"
+#: Of prompts whose caller waits.
+ASKED_PRIORITY: Priority = "interactive"
 
 
 def rank(priority: Priority) -> int:

@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 
 from protocol.errors import JobNotFound, SubmissionConflict
-from protocol.priority import DEFAULT_PRIORITY, PRIORITIES, Priority, rank
+from protocol.priority import ASKED_PRIORITY, DEFAULT_PRIORITY, PRIORITIES, Priority, rank
 from protocol.requests import Request, Result, pack_requests
 from protocol.sampling import SamplingParams
 from storage import digest
@@ -78,11 +78,11 @@ class Job(msgspec.Struct, frozen=True):
     identity: str
     model: str
     params: SamplingParams
-    priority: Priority
     state: JobState
     created_at: float
     num_lines: int | None  # None until sealed
     ended_at: float | None = None  # when it became finished or cancelled
+    priority: Priority = DEFAULT_PRIORITY
 
 
 class JobStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -238,7 +238,8 @@ def open_asked_job(
     Lists leave it out. Returns its id and its Chunk's. Raises DatabaseUnavailable.
     """
     job_id = secrets.token_hex(8)
-    row = (job_id, tenant, f"asked {job_id}", model, msgspec.json.encode(params).decode(), "running", True)
+    shown = msgspec.json.encode(params).decode()
+    row = (job_id, tenant, f"asked {job_id}", model, shown, rank(ASKED_PRIORITY), "running", True)
     blob, num_lines = pack_requests(requests), len(requests)
     chunk = {"job_id": job_id, "tenant": tenant, "model": model, "first_line": 1, "last_line": num_lines}
     chunk |= {"num_requests": num_lines, "state": "waiting", "attempt": 0, **count([]), "digest": digest.EMPTY}

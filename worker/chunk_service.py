@@ -12,15 +12,16 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from protocol.errors import DatabaseUnavailable
+from protocol.priority import PRIORITIES
 from protocol.requests import Failure
 from protocol.settings import Settings
 from storage.answers import AnswerCache
 from storage.landing_channel import LandingChannel
-from storage.leases import Lease, claim, claim_next, release, renew, still_leased
+from storage.leases import Lease, claim_next, release, renew, still_leased
 from storage.ledger import Ledger
 from worker.committer import Committer
 from worker.inference import ENGINE_MODULE, Inference
@@ -78,7 +79,8 @@ class ChunkService:
             on_fatal=on_fatal,
             engine_module=engine_module,
         )
-        self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._tickets: queue.PriorityQueue[tuple[int, int, Ticket]] = queue.PriorityQueue()
+        self._arrivals = itertools.count()
         self._open: dict[int, OpenChunk] = {}
         self._open_lock = threading.Lock()
         self._is_draining = threading.Event()  # nothing more is taken in
@@ -107,7 +109,6 @@ class ChunkService:
         """
         started, num_open = time.monotonic(), len(self._open)
         self._is_draining.set()
-        self._tickets.put(None)
         self._has_room.set()
         self._drain()
         self._is_stopping.set()
@@ -140,14 +141,14 @@ class ChunkService:
         while self._open and time.monotonic() < deadline and not self._is_hurried.is_set():
             self._is_stopping.wait(_DRAIN_LOOK_S)
 
-    @property
-    def has_credit(self) -> bool:
-        """Whether another Chunk could start soon."""
-        return self._committer.backlog <= _MAX_BACKLOG and self.inference.has_room
+    def has_credit(self, rank: int) -> bool:
+        """Whether another Chunk of this class could start soon; if so, of the more urgent ones too."""
+        return self._committer.backlog <= _MAX_BACKLOG and self.inference.has_room(rank)
 
     def receive(self, ticket: Ticket) -> None:
         """A chunk message has come in. Returns at once."""
-        self._tickets.put(ticket)
+        self._tickets.put((min(ticket.ranks), next(self._arrivals), ticket))
+        self._has_room.set()
 
     def info(self) -> dict[str, object]:
         """Facts for `inspect stats`."""
@@ -164,44 +165,46 @@ class ChunkService:
     def _take_in(self) -> None:
         next_look = 0.0
         while not self._is_draining.is_set():
-            if not self.has_credit:
-                self._has_room.wait(_RETRY_S)
-                self._has_room.clear()
-                continue
-            until_look_s = min(max(next_look - time.monotonic(), 0.0), _IDLE_CLAIM_INTERVAL_S)
-            try:
-                ticket = self._tickets.get(timeout=until_look_s)
-            except queue.Empty:
-                ticket = None
+            ranks = [rank for rank in range(len(PRIORITIES)) if self.has_credit(rank)]
+            ticket = self._next_ticket(ranks, next_look)
             if self._is_draining.is_set():
                 return
             try:
                 if ticket is not None:
                     self._claim(ticket)
-                elif not self._claim_next():
+                elif ranks and time.monotonic() >= next_look and not self._claim_unasked(ranks):
                     next_look = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
             except DatabaseUnavailable as error:
                 logger.warning("the database is away, trying again: %s", error)
                 if ticket is not None:
-                    self._tickets.put(ticket)
+                    self.receive(ticket)
                 self._is_draining.wait(_RETRY_S)
 
+    def _next_ticket(self, ranks: list[int], next_look: float) -> Ticket | None:
+        """The most urgent one, if it is for one of these classes; waits a moment for one where there is none."""
+        self._has_room.clear()
+        try:
+            first = self._tickets.get_nowait()
+        except queue.Empty:
+            first = None
+        if first is not None and set(first[2].ranks) & set(ranks):
+            return first[2]
+        if first is not None:
+            self._tickets.put(first)
+        until_look_s = next_look - time.monotonic() if ranks else _RETRY_S
+        self._has_room.wait(min(max(until_look_s, 0.0), _IDLE_CLAIM_INTERVAL_S))
+        return None
+
     def _claim(self, ticket: Ticket) -> None:
-        with self._open_lock:
-            is_held = ticket.chunk_id in self._open
-        # What is being worked on here is not claimed anew, also if this process slept until its lease ran out.
-        lease = None if is_held else claim(self._ledger, ticket.chunk_id, self.owner, self._settings.lease_seconds)
+        lease = self._claim_next(ticket.ranks)
         ticket.accept()
         if lease is None:
             ticket.complete("nothing to do: finished, cancelled, or leased by another worker")
             return
         self._work(lease, ticket)
 
-    def _claim_next(self) -> bool:
-        model, lease_s = self._settings.served_model, self._settings.lease_seconds
-        with self._open_lock:
-            held = list(self._open)
-        lease = claim_next(self._ledger, model, self.owner, lease_s, min_age_s=_IDLE_CLAIM_AGE_S, held=held)
+    def _claim_unasked(self, ranks: list[int]) -> bool:
+        lease = self._claim_next(ranks, min_age_s=_IDLE_CLAIM_AGE_S)
         if lease is None:
             return False
         logger.info(
@@ -209,6 +212,12 @@ class ChunkService:
         )
         self._work(lease, None)
         return True
+
+    def _claim_next(self, ranks: Collection[int], min_age_s: float = 0.0) -> Lease | None:
+        with self._open_lock:
+            held = list(self._open)
+        model, lease_s = self._settings.served_model, self._settings.lease_seconds
+        return claim_next(self._ledger, model, self.owner, lease_s, ranks=ranks, min_age_s=min_age_s, held=held)
 
     def _work(self, lease: Lease, ticket: Ticket | None) -> None:
         chunk = OpenChunk(lease, ticket, self._committer)

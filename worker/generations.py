@@ -65,6 +65,7 @@ class Generation(msgspec.Struct, eq=False):
     score: ScoreParts | None = None  # of the prompt, when asked for
     pooled: bytes | None = None  # as in StepFrame, from an engine that embeds or classifies
     engine: int = 0  # its number
+    priority: int = 0  # as in NewSequence, of who asked first
 
     @property
     def num_tokens(self) -> int:
@@ -153,7 +154,9 @@ class Generations:
         self._quarantines: defaultdict[int, Quarantine] = defaultdict(lambda: Quarantine(self.max_aboard))
         self.num_engines = 1
         self.labels: tuple[str, ...] = ()  # of the classes that engines tell apart
-        self.num_tokens = 0  # promised to the engines and not finished: prompts and the outputs they may have
+        # Promised to the engines and not finished, by priority; tokens are prompts and the outputs they may have.
+        self._num_live: Counter[int] = Counter()
+        self._num_tokens: Counter[int] = Counter()
         # What engines have reported in all.
         self.num_computed_tokens = 0
         self.num_prefix_hit_tokens = 0
@@ -166,6 +169,16 @@ class Generations:
     def owes(self, engine: int) -> bool:
         """Whether the engine has work."""
         return self._loads[engine] > 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self._num_tokens.total()
+
+    def promised(self, priority: int) -> tuple[int, int]:
+        """Sequences that are owed of this and more urgent priorities, and their tokens."""
+        num_live, num_tokens = self._num_live, self._num_tokens
+        ranks = [rank for rank in list(num_live) if rank <= priority]
+        return sum(num_live[rank] for rank in ranks), sum(num_tokens[rank] for rank in ranks)
 
     def join(self, piece: Piece) -> Answer | bool:
         """The Answer if it is finished but not yet committed; else whether an equal generation is running."""
@@ -198,7 +211,8 @@ class Generations:
                 added[generation.engine].append(generation)
                 self._loads[generation.engine] += generation.num_tokens
                 self._live[generation.seq_id] = generation
-                self.num_tokens += generation.num_tokens
+                self._num_live[generation.priority] += 1
+                self._num_tokens[generation.priority] += generation.num_tokens
                 if piece.key is not None:
                     self._by_key[piece.key] = generation
             for engine, theirs in added.items():
@@ -234,6 +248,7 @@ class Generations:
             key=piece.key,
             waiters=[],
             score=None if params.prompt_logprobs is None else ScoreParts(start),
+            priority=piece.owner.priority,
         )
         generation.start_over(self._tokenizer)
         return generation
@@ -399,7 +414,8 @@ class Generations:
 
     def _forget(self, generation: Generation) -> None:
         del self._live[generation.seq_id]
-        self.num_tokens -= generation.num_tokens
+        self._num_live[generation.priority] -= 1
+        self._num_tokens[generation.priority] -= generation.num_tokens
         self._loads[generation.engine] -= generation.num_tokens
         if generation.key is not None:
             del self._by_key[generation.key]

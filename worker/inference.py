@@ -94,12 +94,14 @@ class Inference:
         """Ends the engines; what they still owe is never settled."""
         self._engines.stop()
 
-    @property
-    def has_room(self) -> bool:
-        """Whether more work could start soon: counted in tokens, and never less than some full batches."""
+    def has_room(self, rank: int) -> bool:
+        """Whether more work of this class could start soon: counted in tokens, and never less than some full batches.
+
+        What is less urgent does not count: it gives way.
+        """
         full_batches = _INTAKE_BATCHES * self.engine.max_num_seqs * self.num_engines
-        is_short_of_batches = self._generations.num_live < full_batches
-        return is_short_of_batches or self._generations.num_tokens < self._intake_tokens
+        num_live, num_tokens = self._generations.promised(rank)
+        return num_live < full_batches or num_tokens < self._intake_tokens
 
     def run(
         self,

@@ -9,7 +9,7 @@ import threading
 import warnings
 from typing import Any
 
-from protocol.celery_app import bulk_queue, make_app
+from protocol.celery_app import chunk_queues, make_app
 from protocol.settings import PARENT_FD_VARIABLE, Settings
 from worker.chunk_service import ChunkService
 from worker.consumer import Consumer
@@ -52,6 +52,7 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
     )
     outcomes: dict[str, str] = {}
     register_tasks(app, outcomes)
+    app.millrace_queues = chunk_queues(settings.served_model)
     app.millrace_service, app.millrace_outcomes = service, outcomes
     app.millrace_consumer = lambda: worker.consumer
     # Made before the engine starts, since the service's threads speak to the pool; it consumes only once started.
@@ -60,7 +61,7 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
         consumer_cls=Consumer,
         concurrency=_PREFETCH,
         prefetch_multiplier=1,
-        queues=[bulk_queue(settings.served_model)],
+        queues=list(app.millrace_queues),
         hostname=f"{settings.served_model}@{service.owner.replace(':', '-')}",
         loglevel=settings.log_level,
         quiet=True,

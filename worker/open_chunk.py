@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 
 class Ticket(Protocol):
-    """The queue message a Chunk came with; a Chunk claimed straight from SQL has none."""
+    """The queue message that said there is a Chunk; one claimed without being told has none."""
 
     @property
-    def chunk_id(self) -> int: ...
+    def ranks(self) -> tuple[int, ...]:
+        """The classes of Jobs whose Chunks it is for."""
 
     def accept(self) -> None:
         """The lease is committed: the message may be acked."""
@@ -31,7 +32,6 @@ class OpenChunk:
     lease: Lease
     ticket: Ticket | None
     committer: "Committer"
-    priority: int = 0
     num_owed: int = 0  # Results not yet committed
     num_ok: int = 0
     num_error: int = 0
@@ -42,6 +42,10 @@ class OpenChunk:
     @property
     def tenant(self) -> str:
         return self.lease.tenant
+
+    @property
+    def priority(self) -> int:
+        return self.lease.priority
 
     @property
     def seconds(self) -> float:

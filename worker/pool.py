@@ -35,7 +35,7 @@ class PoolTicket:
         self._accepted_at = time.monotonic()
         # Celery's own Request: it has decoded the message's arguments.
         self.task_id: str = self._callback.__self__.id
-        self.chunk_id = int(self._callback.__self__.args[0])
+        self.ranks = pool.queues[self._callback.__self__.delivery_info["routing_key"]]
 
     def accept(self) -> None:
         self._accepted_at = time.monotonic()
@@ -70,7 +70,7 @@ class EnginePool(BasePool):  # type: ignore[misc]  # celery has no types
         self.outcomes: dict[str, str] = self.app.millrace_outcomes
         self.tickets: set[PoolTicket] = set()  # Celery keeps only weak references to what on_apply returns
         self._hub: Any = None
-        self._queue: str = self.app.conf.task_default_queue
+        self.queues: dict[str, tuple[int, ...]] = self.app.millrace_queues
 
     def register_with_event_loop(self, loop: Any) -> None:
         self._hub = loop
@@ -105,15 +105,16 @@ class EnginePool(BasePool):  # type: ignore[misc]  # celery has no types
             callback(*args)
 
     def reconcile(self) -> None:
-        """Consume the bulk queue exactly while there is credit. Runs on the hub."""
+        """Consume each queue of Chunks exactly while there is credit for its classes. Runs on the hub."""
         consumer = self.app.millrace_consumer()
         if consumer is None or consumer.task_consumer is None:
             return
-        is_consuming = consumer.task_consumer.consuming_from(self._queue)
-        if self.service.has_credit and not is_consuming:
-            consumer.add_task_queue(self._queue)
-        elif not self.service.has_credit and is_consuming:
-            consumer.cancel_task_queue(self._queue)
+        for queue, ranks in self.queues.items():
+            is_consuming, has_credit = consumer.task_consumer.consuming_from(queue), self.service.has_credit(max(ranks))
+            if has_credit and not is_consuming:
+                consumer.add_task_queue(queue)
+            elif not has_credit and is_consuming:
+                consumer.cancel_task_queue(queue)
 
     def credit_changed(self) -> None:
         if self._hub is not None:

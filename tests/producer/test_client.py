@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from producer.client import Client
-from protocol.celery_app import bulk_queue
+from protocol.celery_app import normal_queue
 from protocol.errors import ConfigurationError, InvalidRequest, JobNotFound, SubmissionConflict
 from protocol.requests import Answer, Failure, Result
 from protocol.sampling import SamplingParams
@@ -39,7 +39,7 @@ def plain(text: str) -> str:
 def messages(redis_url: str, model: str = MODEL) -> list[dict[str, object]]:
     """The queue's messages, first published first."""
     with redis.Redis.from_url(redis_url) as server:
-        return [json.loads(raw) for raw in reversed(server.lrange(bulk_queue(model), 0, -1))]
+        return [json.loads(raw) for raw in reversed(server.lrange(normal_queue(model), 0, -1))]
 
 
 def test_submit_cuts_the_lines_into_chunks_and_announces_each(

@@ -53,7 +53,7 @@ def test_open_job_makes_a_job_that_is_being_submitted(ledger: Ledger) -> None:
     assert is_new
     assert len(job.id) == 16
     assert set(job.id) <= set("0123456789abcdef")
-    assert job == Job(job.id, "acme", "sha256:1", "tiny", params, "normal", "submitting", job.created_at, None, None)
+    assert job == Job(job.id, "acme", "sha256:1", "tiny", params, "submitting", job.created_at, None, None)
 
 
 def test_open_job_finds_the_job_of_the_same_tenant_and_identity(ledger: Ledger) -> None:

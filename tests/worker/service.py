@@ -43,6 +43,7 @@ class Ticket(msgspec.Struct):
     """A Chunk's message, as the pool hands it on."""
 
     chunk_id: int
+    ranks: tuple[int, ...] = (0, 1)
     outcome: str | None = None
 
     def accept(self) -> None:
