@@ -36,16 +36,14 @@ HEAD_DIM = 128
 #: Query and key/value heads of the Qwen3-0.6B and Llama-3.1-8B shapes.
 HEADS = {"16/8": (16, 8), "32/8": (32, 8)}
 DECODE_VARIANTS = [
-    DecodeVariant(64, 4, 3, 2),
-    DecodeVariant(64, 4, 3, 2, merges=False),
-    DecodeVariant(64, 4, 3, 2, is_nested=True),
-    DecodeVariant(64, 4, 4, 1),
-    DecodeVariant(32, 4, 4, 3),
-    DecodeVariant(32, 4, 3, 4),
-    DecodeVariant(64, 8, 3, 2),
-    DecodeVariant(32, 2, 4, 3),
+    DECODE,
+    replace(DECODE, merges=False),
+    replace(DECODE, is_nested=True),
+    DecodeVariant(64, 4, 4, 2, is_nested=True),
     DecodeVariant(64, 2, 3, 2),
+    DecodeVariant(32, 4, 3, 4),
     DecodeVariant(128, 8, 3, 1),
+    DecodeVariant(128, 8, 3, 1, is_nested=True),
 ]
 PREFIX_VARIANTS = [
     PREFIX,

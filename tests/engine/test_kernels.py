@@ -10,12 +10,32 @@ from typing import Any
 import pytest
 import torch
 
+from worker.engine import attention
+
 HERE = Path(__file__).parent
 
 if importlib.util.find_spec("triton") is None:
     if os.environ.get("CI") == "true":
         raise ImportError("triton is not installed, and CI must have it")
     pytest.skip("triton is not installed", allow_module_level=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "has_triton", "chosen"),
+    [
+        ("auto", True, "triton, prefill by sdpa"),
+        ("triton", True, "triton, prefill by sdpa"),
+        ("auto", False, "sdpa"),
+        ("sdpa", True, "sdpa"),
+    ],
+)
+def test_the_backend_is_the_fastest_that_runs(
+    name: str, has_triton: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "triton_obstacle", lambda device: None if has_triton else "it is not here")
+    monkeypatch.setattr(attention, "flash_attention_obstacle", lambda *_: "it is not here")
+
+    assert attention.choose_backend(name, torch.device("cuda"), torch.bfloat16).name == chosen
 
 
 def test_kernels_equal_their_twins() -> None:

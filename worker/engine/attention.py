@@ -174,34 +174,28 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     """
     if name not in BACKENDS:
         raise ConfigurationError(f"engine.attention={name!r} is unknown: it is one of {', '.join(BACKENDS)}")
-    if name == "triton":
-        return _triton_backend(device, dtype)
-    obstacle = flash_attention_obstacle(device, dtype)
-    if name == "flash-attn-2" and obstacle:
-        raise ConfigurationError(f"engine.attention='flash-attn-2' cannot run here: {obstacle}; use auto or sdpa")
-    if name == "sdpa" or obstacle:
-        if name == "auto" and device.type == "cuda":
-            log.warning("attention falls back to sdpa, which is much slower: %s", obstacle)
+    obstacles = {"triton": triton_obstacle(device), "flash-attn-2": flash_attention_obstacle(device, dtype)}
+    if obstacle := obstacles.get(name):
+        raise ConfigurationError(f"engine.attention={name!r} cannot run here: {obstacle}; use auto or sdpa")
+    has_flash = obstacles["flash-attn-2"] is None
+    if name == "auto" and device.type == "cuda":
+        for missing in filter(None, obstacles.values()):
+            log.warning("attention falls back to sdpa for what another backend does much faster: %s", missing)
+    prefill: Any = None
+    if has_flash and name != "sdpa":
+        from worker.engine.backends.flash_attention import FlashAttentionBackend
+
+        prefill = FlashAttentionBackend()
+    else:
         from worker.engine.backends.sdpa import SDPABackend
 
-        return SDPABackend()
-    from worker.engine.backends.flash_attention import FlashAttentionBackend
-
-    return FlashAttentionBackend()
-
-
-def _triton_backend(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    if (obstacle := triton_obstacle(device)) is not None:
-        raise ConfigurationError(f"engine.attention='triton' cannot run here: {obstacle}; use auto or sdpa")
+        prefill = SDPABackend()
+    if name in ("sdpa", "flash-attn-2") or obstacles["triton"] is not None:
+        backend: AttentionBackend = prefill
+        return backend
     from worker.engine.backends.triton import TritonBackend
 
-    if flash_attention_obstacle(device, dtype):
-        from worker.engine.backends.sdpa import SDPABackend
-
-        return TritonBackend(SDPABackend())
-    from worker.engine.backends.flash_attention import FlashAttentionBackend
-
-    return TritonBackend(FlashAttentionBackend())
+    return TritonBackend(prefill)
 
 
 def triton_obstacle(device: torch.device) -> str | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protocol.errors import ConfigurationError
-from worker.engine.attention import AttentionTerms, choose_backend, terms_of
+from worker.engine.attention import AttentionTerms, choose_backend, flash_attention_obstacle, terms_of
 from worker.engine.backends.sdpa import attend_causally, attend_masked
 
 #: The implementation's name. It has no mask function under that name, so transformers builds no mask at all.
@@ -88,9 +88,10 @@ class FlashTextAttention:
 
 def choose_text_attention(name: str, device: torch.device, dtype: torch.dtype) -> TextAttention:
     """The one called `name` in the settings, or the fastest that runs here for "auto". Raises as `choose_backend`."""
-    if name == "triton":  # decodes, and leaves whole texts to others
-        name = "auto"
-    return PlainTextAttention() if choose_backend(name, device, dtype).name == "sdpa" else FlashTextAttention()
+    choose_backend(name, device, dtype)
+    # Triton decodes, and leaves whole texts to others.
+    is_flash = name != "sdpa" and flash_attention_obstacle(device, dtype) is None
+    return FlashTextAttention() if is_flash else PlainTextAttention()
 
 
 def attend_text(query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
