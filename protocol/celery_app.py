@@ -1,18 +1,29 @@
 """The Celery app both sides share: broker options, serializers, task and queue names.
 
 Messages are msgpack inside Millrace; JSON is accepted from foreign callers, pickle never. Results are JSON, because
-`AsyncResult.get()` decodes with the reader's serializer and a foreign reader has JSON.
+`AsyncResult.get()` decodes with the reader's serializer and a foreign reader has JSON. So is what a worker publishes
+for a caller, the rest of a chain or the callback of a chord, since it may go to a foreign worker.
 """
 
 from celery import Celery
 
 from protocol.priority import PRIORITIES, Priority, rank
+from protocol.requests import Kind
 from protocol.settings import Settings
 
 CHUNK_TASK = "millrace.chunk"
+#: Interactive: one Request inline, answered through Celery's result backend.
+CALL_TASKS: dict[str, Kind] = {
+    "millrace.generate": "generate",
+    "millrace.score": "score",
+    "millrace.embed": "embed",
+    "millrace.classify": "classify",
+}
 
 #: Seconds a Celery result (a count such as "64 ok, 2 error") stays readable; the Results themselves live in SQL.
 _RESULT_EXPIRES_S = 86_400
+#: Seconds after which a worker that died while it gave messages back no longer keeps others from doing so.
+_RESTORE_LOCK_S = 10
 
 
 def bulk_queue(model: str) -> str:
@@ -39,6 +50,11 @@ def chunk_queues(model: str) -> dict[str, tuple[int, ...]]:
     return ranks
 
 
+def interactive_queue(model: str) -> str:
+    """The queue that carries the calls for one served model; see also Settings.shared_queue."""
+    return f"millrace.{model}.interactive"
+
+
 def make_app(settings: Settings) -> Celery:
     """A configured app; connects to nothing."""
     app = Celery("millrace", broker=settings.broker_url, backend=settings.broker_url, set_as_current=False)
@@ -62,4 +78,27 @@ def make_app(settings: Settings) -> Celery:
         },
         broker_transport_options={"unacked_restore_interval": 1, "unacked_restore_throttle": 1},
     )
+    return app
+
+
+def make_worker_app(settings: Settings) -> Celery:
+    """An app that consumes, and publishes for callers what follows on their calls; connects to nothing."""
+    app = make_app(settings)
+    app.conf.update(
+        task_serializer="json",
+        # Where a foreign app with no setting of its own would have sent what follows, if nothing else is said.
+        task_default_queue=settings.shared_queue or "celery",
+        # What follows on a call holds its answer: nothing of it is told to whoever watches.
+        task_send_sent_event=False,
+    )
+    app.amqp.argsrepr_maxsize = app.amqp.kwargsrepr_maxsize = 0
+    # Of this system's workers alone: in Celery's own keys, unacked messages of other apps' workers in the same Redis
+    # would be handed out again as early as ours. Ours renew their own; see worker.interactive_queues.
+    app.conf.broker_transport_options |= {
+        "unacked_key": "millrace:unacked",
+        "unacked_index_key": "millrace:unacked_index",
+        "unacked_mutex_key": "millrace:unacked_mutex",
+        "unacked_mutex_expire": _RESTORE_LOCK_S,
+        "visibility_timeout": settings.lease_seconds,
+    }
     return app

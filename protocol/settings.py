@@ -122,8 +122,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Requests per Chunk, that is per queue message, at most; a Job's first 2048 lines make Chunks of 64."""
     chunk_bytes: int = 2_097_152
     """Bytes of prompt text per Chunk at most, and 4096 per Request, so that long prompts spread over workers too."""
+    shared_queue: str = "celery"
+    """The queue that workers of all models take interactive tasks from, beside their own; the default is where a
+    foreign Celery app sends what it says nothing about. Empty: none."""
     lease_seconds: float = 30.0
-    """A worker that dies holds its Chunks up to this long."""
+    """A worker that dies holds its Chunks and interactive tasks up to this long."""
     intake_tokens: int | None = None
     """Tokens taken in before a worker stops consuming; unset: twice the KV cache."""
     answers_ttl_seconds: float = 86_400.0

@@ -20,6 +20,7 @@ from storage.leases import Held, Lease, lock_chunks
 from storage.ledger import Ledger
 from storage.tables import chunks, results
 
+_NONE: Mapping[bytes, Answer] = {}
 COUNTERS = ("num_ok", "num_error", "num_cached", "prompt_tokens", "completion_tokens", "computed_tokens")
 
 #: A row of the table, as `to_rows` makes it: its columns in their order.
@@ -48,14 +49,16 @@ class ChunkCommit(msgspec.Struct, frozen=True):
     answers: dict[bytes, Answer] = {}  # new ones, to be kept for equal Requests
 
 
-def commit(ledger: Ledger, commits: Sequence[ChunkCommit]) -> set[int]:
-    """Write Results, counters, answers and finished Chunks in one transaction.
+def commit(ledger: Ledger, commits: Sequence[ChunkCommit], answers: Mapping[bytes, Answer] = _NONE) -> set[int]:
+    """Write Results, counters, answers and finished Chunks in one transaction; `answers` are those of no Chunk.
 
     Returns the ids of the Chunks whose lease was lost: of theirs the answers alone are written, which are true whoever
     computed them, and which Results of other Chunks may have been taken from already. Committing the same again,
     because the outcome of the first time is unknown, changes nothing. Raises DatabaseUnavailable.
     """
-    return ledger.write(lambda connection: _commit(connection, commits)) if commits else set()
+    if not commits and not answers:
+        return set()
+    return ledger.write(lambda connection: _commit(connection, commits, answers))
 
 
 def read_results(
@@ -176,7 +179,7 @@ _COUNT = (
 _FINISH = update(chunks).where(chunks.c.id == bindparam("chunk")).values(state="finished")
 
 
-def _commit(connection: Connection, commits: Sequence[ChunkCommit]) -> set[int]:
+def _commit(connection: Connection, commits: Sequence[ChunkCommit], answers: Mapping[bytes, Answer]) -> set[int]:
     held = lock_chunks(connection, (each.lease.chunk_id for each in commits))
     digests = {chunk_id: at.digest for chunk_id, at in held.items()}
     writable, lost = _fence(held, commits)
@@ -202,7 +205,7 @@ def _commit(connection: Connection, commits: Sequence[ChunkCommit]) -> set[int]:
     finished = [{"chunk": each.lease.chunk_id} for each in writable if each.is_finished]
     if finished:
         connection.execute(_FINISH, finished)
-    insert_answers(connection, {key: answer for each in commits for key, answer in each.answers.items()})
+    insert_answers(connection, {**answers, **{key: answer for each in commits for key, answer in each.answers.items()}})
     return lost
 
 

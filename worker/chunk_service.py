@@ -17,7 +17,7 @@ from pathlib import Path
 
 from protocol.errors import DatabaseUnavailable
 from protocol.priority import PRIORITIES
-from protocol.requests import Failure
+from protocol.requests import Answer, Failure
 from protocol.settings import Settings
 from storage.answers import AnswerCache
 from storage.landing_channel import LandingChannel
@@ -102,15 +102,16 @@ class ChunkService:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
+    def stop(self, is_needed: Callable[[], bool] = lambda: False) -> None:
         """Finishes what ends within `drain_seconds`, gives the rest back, ends the engine.
 
-        Chunks given back keep their Results. `hurry` cuts the waiting short.
+        Chunks given back keep their Results. `is_needed` says whether others wait for the engine; `hurry` cuts all
+        waiting short.
         """
         started, num_open = time.monotonic(), len(self._open)
         self._is_draining.set()
         self._has_room.set()
-        self._drain()
+        self._drain(is_needed)
         self._is_stopping.set()
         for thread in self._threads:
             thread.join()
@@ -136,9 +137,9 @@ class ChunkService:
         """Whoever stops waits for nothing any more. Safe in a signal handler."""
         self._is_hurried.set()
 
-    def _drain(self) -> None:
+    def _drain(self, is_needed: Callable[[], bool]) -> None:
         deadline = time.monotonic() + self._settings.drain_seconds
-        while self._open and time.monotonic() < deadline and not self._is_hurried.is_set():
+        while (self._open or is_needed()) and time.monotonic() < deadline and not self._is_hurried.is_set():
             self._is_stopping.wait(_DRAIN_LOOK_S)
 
     def has_credit(self, rank: int) -> bool:
@@ -149,6 +150,10 @@ class ChunkService:
         """A chunk message has come in. Returns at once."""
         self._tickets.put((min(ticket.ranks), next(self._arrivals), ticket))
         self._has_room.set()
+
+    def keep(self, key: bytes, answer: Answer) -> None:
+        """An answer that was computed for a call, to be found by everybody."""
+        self._committer.keep(key, answer)
 
     def info(self) -> dict[str, object]:
         """Facts for `inspect stats`."""

@@ -31,8 +31,8 @@ _RETRY_DELAYS_S = (0.1, 0.3, 1.0, 2.0, 5.0)
 
 
 class _Row(msgspec.Struct, frozen=True):
-    chunk: OpenChunk
-    result: Result | None  # None: the Chunk owes nothing and only has to be marked finished
+    chunk: OpenChunk | None  # None: the answer to a call, which is nobody's Result
+    result: Result | None = None  # None of a Chunk: it owes nothing and only has to be marked finished
     key: bytes | None = None  # set with the answer that is new to the database
     answer: Answer | None = None
 
@@ -70,6 +70,10 @@ class Committer:
         """`key` says that the Result's answer was computed just now and is to be kept."""
         self._rows.put(_Row(chunk, result, key, result.answer if key is not None else None))
 
+    def keep(self, key: bytes, answer: Answer) -> None:
+        """An answer that was computed for a call."""
+        self._rows.put(_Row(None, key=key, answer=answer))
+
     def finish(self, chunk: OpenChunk) -> None:
         """A Chunk whose Results are all there already."""
         self._rows.put(_Row(chunk, None))
@@ -94,7 +98,7 @@ class Committer:
                     # Whoever holds the lease next computes these rows; a dead committer would hold up all others.
                     logger.exception("a commit failed: its Chunks are given up until their leases expire")
                     self._on_committed([row.key for row in rows if row.key is not None])
-                    for chunk in {row.chunk for row in rows}:
+                    for chunk in {row.chunk for row in rows if row.chunk is not None}:
                         self._on_lost(chunk)
             if is_last:
                 return
@@ -116,10 +120,14 @@ class Committer:
 
     def _commit(self, rows: list[_Row]) -> None:
         by_chunk: dict[OpenChunk, list[_Row]] = {}
+        called: dict[bytes, Answer] = {}
         for row in rows:
-            by_chunk.setdefault(row.chunk, []).append(row)
+            if row.chunk is not None:
+                by_chunk.setdefault(row.chunk, []).append(row)
+            elif row.key is not None and row.answer is not None:
+                called[row.key] = row.answer
         commits: list[ChunkCommit] = []
-        answers: dict[bytes, Answer] = {}
+        answers = dict(called)
         for chunk, chunk_rows in by_chunk.items():
             results = [row.result for row in chunk_rows if row.result is not None]
             for result in results:
@@ -129,7 +137,7 @@ class Committer:
             commits.append(
                 ChunkCommit(lease=chunk.lease, results=results, is_finished=chunk.num_owed == 0, answers=new)
             )
-        lost = self._write(commits)
+        lost = self._write(commits, called)
         # The hot copy is filled before the keys stop being joinable: no moment in which an answer is nowhere.
         self._cache.put_many(answers)
         self._on_committed(answers)
@@ -150,8 +158,8 @@ class Committer:
                 landed.setdefault(each.lease.job_id, []).append(each.lease.chunk_id)
         self._landings.publish(landed)
 
-    def _write(self, commits: list[ChunkCommit]) -> set[int]:
-        return self._retry(lambda: commit(self._ledger, commits))
+    def _write(self, commits: list[ChunkCommit], answers: dict[bytes, Answer]) -> set[int]:
+        return self._retry(lambda: commit(self._ledger, commits, answers))
 
     def _retry(self, act: Callable[[], T]) -> T:
         """Until it works, or until the worker stops: results are kept in memory while the database is away."""

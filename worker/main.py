@@ -1,4 +1,4 @@
-"""A worker process: Celery's consumer in the main thread, the Chunks' life beside it, the engine in a child."""
+"""A worker process: Celery's consumer in the main thread, what it works on beside it, the engine in a child."""
 
 import gc
 import logging
@@ -9,13 +9,17 @@ import threading
 import warnings
 from typing import Any
 
-from protocol.celery_app import chunk_queues, make_app
+from protocol.celery_app import chunk_queues, make_worker_app
 from protocol.settings import PARENT_FD_VARIABLE, Settings
+from worker.call_service import CallService
 from worker.chunk_service import ChunkService
 from worker.consumer import Consumer
 from worker.engine.model_files import resolve_folder
 from worker.inference import ENGINE_MODULE
-from worker.pool import EnginePool, register_tasks
+from worker.interactive_queues import InteractiveQueues
+from worker.pool import EnginePool, PoolParts
+from worker.pooled import KINDS
+from worker.tasks import register_tasks
 
 logger = logging.getLogger("millrace.worker")
 
@@ -34,7 +38,7 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
     """
     _log_to_stderr(settings.log_level)
     settings.check_topology()
-    app = make_app(settings)
+    app = make_worker_app(settings)
     fatal: list[str] = []
 
     def give_up(message: str) -> None:
@@ -50,18 +54,17 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
         on_fatal=give_up,
         engine_module=engine_module,
     )
-    outcomes: dict[str, str] = {}
-    register_tasks(app, outcomes)
-    app.millrace_queues = chunk_queues(settings.served_model)
-    app.millrace_service, app.millrace_outcomes = service, outcomes
-    app.millrace_consumer = lambda: worker.consumer
+    calls = CallService(service.inference, settings.served_model, settings.tenant, keep=service.keep, on_fatal=give_up)
+    parts = PoolParts(service, calls, settings.served_model, settings.shared_queue, lambda: worker.consumer)
+    app.millrace = parts
+    app.steps["consumer"].add(InteractiveQueues)
     # Made before the engine starts, since the service's threads speak to the pool; it consumes only once started.
     worker: Any = app.Worker(
         pool_cls=EnginePool,
         consumer_cls=Consumer,
         concurrency=_PREFETCH,
         prefetch_multiplier=1,
-        queues=list(app.millrace_queues),
+        queues=list(chunk_queues(settings.served_model)),
         hostname=f"{settings.served_model}@{service.owner.replace(':', '-')}",
         loglevel=settings.log_level,
         quiet=True,
@@ -72,6 +75,10 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
     )
     _follow_parent()
     service.start()
+    calls.start()
+    engine, num_engines = service.inference.engine, service.inference.num_engines
+    parts.max_calls = engine.max_num_seqs * num_engines
+    register_tasks(app, parts, KINDS[engine.task])
     _collect_garbage_less_often()
     worker.start()
     logger.info("worker ended")
@@ -87,7 +94,7 @@ def _collect_garbage_less_often() -> None:
 
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    # Celery's tracer times only itself, since the engine is done when it runs; the worker logs Chunks with true times.
+    # Celery's tracer times only itself, since the engine is done when it runs; the worker logs with true times.
     logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
     logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
     # Celery warns of root because of pickle, which is never accepted here; containers run as root all the time.

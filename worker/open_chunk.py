@@ -40,6 +40,10 @@ class OpenChunk:
     started: float = field(default_factory=time.monotonic)
 
     @property
+    def needs_ledger(self) -> bool:
+        return True
+
+    @property
     def tenant(self) -> str:
         return self.lease.tenant
 

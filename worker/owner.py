@@ -17,6 +17,10 @@ class Owner(Protocol):
         """Of its Sequences, as in NewSequence: lower is more urgent."""
 
     @property
+    def needs_ledger(self) -> bool:
+        """Whether nothing is to be started for it while the database is away."""
+
+    @property
     def seconds(self) -> float:
         """Since it was taken up."""
 

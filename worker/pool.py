@@ -5,17 +5,18 @@ stock Celery while hundreds of Requests are in flight in one process.
 """
 
 import logging
-import os
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from celery import Celery
 from celery.concurrency.base import BasePool
+from celery.worker import state
 
-from protocol.celery_app import CHUNK_TASK
+from protocol.celery_app import CHUNK_TASK, chunk_queues
+from worker.call_service import CallService
 from worker.chunk_service import ChunkService
 from worker.stop_signals import heed_stop_signals
+from worker.tickets import CallTicket, ChunkTicket, PoolTicket
 
 logger = logging.getLogger("millrace.worker")
 
@@ -23,78 +24,62 @@ logger = logging.getLogger("millrace.worker")
 _RECONCILE_INTERVAL_S = 0.5
 
 
-class PoolTicket:
-    """One message in flight. Acks and results belong to the hub's thread, so both calls hop there."""
+@dataclass(eq=False)
+class PoolParts:
+    """What the pool, its tasks and the consumer share; found on the app as `millrace`."""
 
-    def __init__(self, pool: "EnginePool", target: Callable[..., Any], args: tuple[Any, ...], **callbacks: Any) -> None:
-        self._pool = pool
-        self._target = target
-        self._args = args
-        self._accept_callback = callbacks["accept_callback"]
-        self._callback = callbacks["callback"]
-        self._accepted_at = time.monotonic()
-        # Celery's own Request: it has decoded the message's arguments.
-        self.task_id: str = self._callback.__self__.id
-        self.ranks = pool.queues[self._callback.__self__.delivery_info["routing_key"]]
-
-    def accept(self) -> None:
-        self._accepted_at = time.monotonic()
-        self._pool.on_hub(self._accept_callback, os.getpid(), self._accepted_at)
-
-    def complete(self, outcome: str) -> None:
-        self._pool.on_hub(self._finish, outcome)
-
-    def _finish(self, outcome: str) -> None:
-        self._pool.outcomes[self.task_id] = outcome
-        try:
-            is_failure, value, _ = self._target(*self._args)
-            # The tracer's own clock started when the engine was already done.
-            self._callback((is_failure, value, time.monotonic() - self._accepted_at))
-        except Exception:
-            # The Results are in the ledger; a count that Celery cannot store must not take the worker's loop down.
-            logger.exception("the outcome of task %s could not be reported", self.task_id)
-        finally:
-            self._pool.outcomes.pop(self.task_id, None)
-            self._pool.tickets.discard(self)
+    chunks: ChunkService
+    calls: CallService
+    model: str
+    shared_queue: str
+    consumer: Callable[[], Any]  # Celery's, None before it is made
+    max_calls: int = 1  # messages of calls that are in flight at once
+    interactive: Any = None  # worker.interactive_queues.InteractiveQueues, which makes itself known
+    outcomes: dict[str, Any] = field(default_factory=dict)  # by task id, while the tracer runs
+    tickets: set[PoolTicket] = field(default_factory=set)  # Celery keeps only weak references to them
 
 
 class EnginePool(BasePool):  # type: ignore[misc]  # celery has no types
-    """One per worker process; finds its ChunkService on the app it is made for."""
+    """One per worker process."""
 
     body_can_be_buffer = True
     signal_safe = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.service: ChunkService = self.app.millrace_service
-        self.outcomes: dict[str, str] = self.app.millrace_outcomes
-        self.tickets: set[PoolTicket] = set()  # Celery keeps only weak references to what on_apply returns
+        self.parts: PoolParts = self.app.millrace
+        self.queues = chunk_queues(self.parts.model)
         self._hub: Any = None
-        self.queues: dict[str, tuple[int, ...]] = self.app.millrace_queues
 
     def register_with_event_loop(self, loop: Any) -> None:
         self._hub = loop
         loop.call_repeatedly(_RECONCILE_INTERVAL_S, self.reconcile)
 
-    def on_apply(self, target: Callable[..., Any], args: Any = None, kwargs: Any = None, **options: Any) -> PoolTicket:
-        ticket = PoolTicket(self, target, args, **options)
-        self.tickets.add(ticket)
-        self.service.receive(ticket)
+    def apply_async(
+        self, target: Callable[..., Any], args: Any = None, kwargs: Any = None, **options: Any
+    ) -> PoolTicket:
+        """Runs on the hub. Celery's own would log the message's body at DEBUG."""
+        # Celery's own Request: it has decoded the message's arguments.
+        request = options["callback"].__self__
+        kind = ChunkTicket if request.type == CHUNK_TASK else CallTicket
+        ticket = kind(self, request, target, args, options)
+        self.parts.tickets.add(ticket)
+        ticket.hand_over()
         return ticket
 
     def on_start(self) -> None:
-        heed_stop_signals(self.service.hurry)
+        heed_stop_signals(self.parts.chunks.hurry)
 
     def on_stop(self) -> None:
-        """The consumer has stopped. What the service completes from here on still reaches Celery's backend."""
+        """The consumer has stopped. What the services complete from here on still reaches Celery's backend."""
         self._hub = None
-        self.service.stop()
+        self.parts.calls.close()
+        self.parts.chunks.stop(lambda: self.parts.calls.num_open > 0)
 
     on_terminate = on_stop
 
     def terminate_job(self, pid: int, signal: int | None = None) -> None:
-        """A Chunk's work belongs to its Job, so terminating the message stops nothing."""
-        logger.warning("terminate is ignored for %s: cancel the Job instead", CHUNK_TASK)
+        """No process is anybody's own here; Celery asks the ticket as well."""
 
     def on_hub(self, callback: Callable[..., Any], *args: Any) -> None:
         """Run in the hub's thread; once the hub has stopped, in the caller's, while the main thread waits for it."""
@@ -104,13 +89,22 @@ class EnginePool(BasePool):  # type: ignore[misc]  # celery has no types
         else:
             callback(*args)
 
+    def call_later(self, delay_s: float, callback: Callable[[], Any]) -> Any:
+        """A timer of the hub, to be `cancel`led. Runs on the hub."""
+        return self._hub.call_later(delay_s, callback)
+
     def reconcile(self) -> None:
-        """Consume each queue of Chunks exactly while there is credit for its classes. Runs on the hub."""
-        consumer = self.app.millrace_consumer()
+        """End what was revoked, and consume each queue of Chunks exactly while there is credit for its classes. Runs on
+        the hub."""
+        for ticket in list(self.parts.tickets):
+            if isinstance(ticket, CallTicket) and ticket.task_id in state.revoked:
+                ticket.revoke()
+        consumer = self.parts.consumer()
         if consumer is None or consumer.task_consumer is None:
             return
         for queue, ranks in self.queues.items():
-            is_consuming, has_credit = consumer.task_consumer.consuming_from(queue), self.service.has_credit(max(ranks))
+            is_consuming = consumer.task_consumer.consuming_from(queue)
+            has_credit = self.parts.chunks.has_credit(max(ranks))
             if has_credit and not is_consuming:
                 consumer.add_task_queue(queue)
             elif not has_credit and is_consuming:
@@ -121,13 +115,5 @@ class EnginePool(BasePool):  # type: ignore[misc]  # celery has no types
             self._hub.call_soon(self.reconcile)
 
     def _get_info(self) -> dict[str, Any]:
-        return {**super()._get_info(), "millrace": self.service.info()}
-
-
-def register_tasks(app: Celery, outcomes: dict[str, str]) -> None:
-    """The bodies run inside the tracer, when the outcome is known: they only pick it up."""
-
-    # acks_late=False means acked when the pool accepts: once the lease is committed.
-    @app.task(name=CHUNK_TASK, bind=True, acks_late=False)  # type: ignore[untyped-decorator]
-    def chunk(self: Any, chunk_id: int) -> str:
-        return outcomes[self.request.id]
+        facts = {**self.parts.chunks.info(), "open_calls": self.parts.calls.num_open}
+        return {**super()._get_info(), "millrace": facts}

@@ -8,16 +8,16 @@ import numpy as np
 from protocol.errors import InvalidRequest
 from protocol.frames import EngineReady
 from protocol.pooling import pack_classification
-from protocol.requests import Answer, Request
+from protocol.requests import Answer, Kind, Request
 from protocol.sampling import ResolvedParams
 
 #: What an engine of each task can do.
-_KINDS = {"generate": ("generate", "score"), "embed": ("embed",), "classify": ("classify",)}
+KINDS: dict[str, tuple[Kind, ...]] = {"generate": ("generate", "score"), "embed": ("embed",), "classify": ("classify",)}
 
 
 def check_kind(request: Request, engine: EngineReady) -> None:
     """Raises InvalidRequest when engines that are ready like this one cannot do the Request."""
-    kinds = _KINDS[engine.task]
+    kinds = KINDS[engine.task]
     if request.kind not in kinds:
         raise InvalidRequest(
             "unsupported_kind",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import msgspec
 
-from protocol.errors import InvalidRequest
+from protocol.errors import DatabaseUnavailable, InvalidRequest
 from protocol.frames import EngineReady
 from protocol.requests import Answer, Failure, Kind, Request, Result, answer_key
 from protocol.sampling import TRUNCATE_LEFT, ResolvedParams, SamplingParams
@@ -24,6 +24,8 @@ from worker.truncation import keep_end, of_token_ids
 logger = logging.getLogger("millrace.worker")
 
 UNSET_PARAMS = SamplingParams()
+#: Seconds without another look into a database that is away, for those who can do without: each try takes a second.
+_LEDGER_REST_S = 5.0
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -49,6 +51,7 @@ class Preparation:
         self._engine = engine
         self._context_tokens = context_tokens
         self._generations = generations
+        self._no_ledger_until = 0.0
 
     def run(
         self,
@@ -125,7 +128,8 @@ class Preparation:
             elif isinstance(joined, Answer):
                 _settle_known(piece, joined)
         answers = self._cache.get_many(list(lookups))
-        answers |= find_answers(self._ledger, [key for key in lookups if key not in answers])
+        needs_ledger = any(piece.owner.needs_ledger for piece in pieces)
+        answers |= self._find([key for key in lookups if key not in answers], needs_ledger)
         for key, twins in lookups.items():
             if (answer := answers.get(key)) is None:
                 unknown.extend(twins)
@@ -133,6 +137,18 @@ class Preparation:
                 for piece in twins:
                     _settle_known(piece, answer)
         return unknown
+
+    def _find(self, keys: list[bytes], needs_ledger: bool) -> dict[bytes, Answer]:
+        if not needs_ledger and time.monotonic() < self._no_ledger_until:
+            return {}
+        try:
+            return find_answers(self._ledger, keys)
+        except DatabaseUnavailable as error:
+            if needs_ledger:
+                raise
+            self._no_ledger_until = time.monotonic() + _LEDGER_REST_S
+            logger.warning("the database is away, so what it knows is computed again: %s", error)
+            return {}
 
     def _start(self, pieces: Sequence[Piece]) -> None:
         encoded = self._encode(pieces)

@@ -9,6 +9,7 @@ from protocol.requests import Result
 class RecordingOwner:
     tenant: str = "default"
     priority: int = 0
+    needs_ledger: bool = True
     seconds: float = 0.0
     submitted: float = 0.0
     is_abandoned: bool = False

@@ -1,0 +1,119 @@
+"""The life of calls in this worker: read, computed before anything else, answered through Celery, never leased.
+
+A thread of its own takes them up, so that none waits for a Chunk to be prepared.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from protocol.errors import InvalidRequest
+from protocol.requests import Answer, Failure
+from worker.call_reading import read_call
+from worker.inference import Inference
+from worker.open_call import OpenCall, Ticket
+from worker.reply import Reply, error_of
+
+logger = logging.getLogger("millrace.worker")
+
+
+class CallService:
+    """`keep` stores an answer that is new to the database; `on_fatal` is called when work cannot go on."""
+
+    def __init__(
+        self,
+        inference: Inference,
+        model: str,
+        tenant: str,
+        *,
+        keep: Callable[[bytes, Answer], None],
+        on_fatal: Callable[[str], None],
+    ) -> None:
+        self._inference = inference
+        self._model = model
+        self._tenant = tenant
+        self._keep = keep
+        self._on_fatal = on_fatal
+        self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._open: dict[str, OpenCall] = {}
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="calls", daemon=True)
+
+    def start(self) -> None:
+        """The Inference must have started."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Takes up what has come in, and nothing more. What nobody answers here any more goes to another worker."""
+        self._tickets.put(None)
+        self._thread.join()
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def receive(self, ticket: Ticket) -> None:
+        """A call has come in. Returns at once. One that is open here already is joined."""
+        with self._lock:
+            running = self._open.get(ticket.task_id)
+            if running is not None:
+                running.tickets.append(ticket)
+                return
+            call = OpenCall(ticket, self._tenant, keep=self._keep, on_end=self._end)
+            self._open[ticket.task_id] = call
+        self._tickets.put(ticket)
+
+    def cancel(self, task_id: str) -> None:
+        """The caller has been told otherwise: free what was computed for it alone."""
+        with self._lock:
+            call = self._open.pop(task_id, None)
+        if call is not None:
+            self._inference.abandon(call)
+            for ticket in call.tickets:
+                ticket.discard()
+
+    def _run(self) -> None:
+        try:
+            while (ticket := self._tickets.get()) is not None:
+                self._answer(ticket)
+        except Exception:
+            logger.exception("the thread that answers calls broke")
+            self._on_fatal("the thread that answers calls broke; see the traceback above")
+
+    def _answer(self, ticket: Ticket) -> None:
+        with self._lock:
+            call = self._open.get(ticket.task_id)
+        if call is None:
+            return  # cancelled before its turn
+        try:
+            request = read_call(ticket.kind, ticket.args, ticket.kwargs, self._model)
+            self._inference.run(call, [request])
+        except InvalidRequest as error:
+            self._end(call, error_of(Failure(error.code, error.message)))
+        except Exception as error:
+            # Its message may quote what the caller wrote: the type and the place must do.
+            logger.error("task %s could not be prepared: %s", ticket.task_id, _place_of(error))
+            self._end(call, error_of(Failure("internal_error", f"the worker failed at this: {_place_of(error)}")))
+
+    def _end(self, call: OpenCall, outcome: Reply | Exception) -> None:
+        with self._lock:
+            if self._open.get(call.task_id) is not call:
+                return  # cancelled meanwhile
+            del self._open[call.task_id]
+        shown = outcome if isinstance(outcome, Reply) else str(outcome).partition(":")[0]
+        logger.info("%s %s: %s, %.3f s", call.kind, call.task_id, shown, call.seconds)
+        *older, newest = call.tickets
+        newest.complete(outcome)
+        for ticket in older:
+            ticket.discard()
+
+
+def _place_of(error: Exception) -> str:
+    """The error's type, and where it was raised."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        place = f" in {code.co_qualname}, {code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"{type(error).__name__}{place}"
