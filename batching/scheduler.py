@@ -63,6 +63,11 @@ class StepPlan:
         return sum(self.num_tokens)
 
     @property
+    def is_decode_only(self) -> bool:
+        """One token of each Sequence, all of them sampled, and all but the last known to the device alone."""
+        return self.num_decode == len(self.sequences)
+
+    @property
     def num_padding_tokens(self) -> int:
         """Computed beside them for nobody: none in a flat row."""
         return 0

@@ -88,16 +88,22 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Capacity of the KV cache in tokens; unset: from memory_fraction on CUDA, a fixed size on a CPU."""
     memory_fraction: float = 0.90
     """Part of the GPU's memory for weights, activations and KV cache together."""
-    max_batch_tokens: int = 8192
-    """Tokens per step at most."""
-    max_num_seqs: int = 256
-    """Sequences running at once at most."""
+    max_batch_tokens: int | None = None
+    """Tokens per step at most; unset: 16384 on CUDA, 8192 on a CPU."""
+    max_num_seqs: int | None = None
+    """Sequences running at once at most; unset: 1024 on CUDA, 256 on a CPU."""
     admission: Literal["auto", "headroom", "peak"] = "auto"
     """When a Sequence starts: by the `peak` of blocks to come where lengths are known, else by `headroom`."""
     prefix_reuse: bool = True
     """Keep computed prompts, and let those who begin alike share them."""
     lookahead: int | None = None
     """Steps launched before the last one's tokens are known; unset: 1 on CUDA, 0 on a CPU."""
+    fuse_weights: bool = True
+    """Linear layers that share their input become one, where the model allows it."""
+    compile: bool | None = None
+    """Layers through torch.compile; unset: on CUDA, where the first start takes longer for it."""
+    graphs: bool = True
+    """On CUDA, decode steps as CUDA graphs, captured at the start."""
     num_threads: int | None = None
     """Threads of torch on a CPU; unset: torch's own choice."""
 

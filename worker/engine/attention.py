@@ -1,7 +1,8 @@
 """Attention over the paged KV cache, registered in transformers' AttentionInterface under one name.
 
-A step's context travels through the model's forward as the keyword STEP; what the model itself asks of its attention
-(scale, window, softcap) is honoured; anything else it hands over is refused: an ignored term would be a wrong answer.
+A step's context is not handed through the model's forward: `running` names it, and compiled layers come back to it
+through one custom operator. What the model itself asks of its attention (scale, window, softcap) is honoured; anything
+else it hands over is refused: an ignored term would be a wrong answer.
 
 Letters: T tokens of the step, D decode rows, S prefill pieces, H query heads, G key/value heads, E head size,
 N blocks, B block size, M blocks per table.
@@ -10,7 +11,8 @@ N blocks, B block size, M blocks per table.
 import importlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,8 +29,8 @@ log = logging.getLogger("millrace.engine")
 
 #: The implementation's name. It has no mask function under that name, so transformers builds no mask at all.
 NAME = "millrace"
-#: The keyword that carries the step through the model's forward.
-STEP = "millrace_step"
+#: The buffer in which a compiled layer's attention finds its number; as a plain int it would be compiled in.
+LAYER_BUFFER = "millrace_layer"
 
 #: What engine.attention may be.
 BACKENDS = ("auto", "sdpa", "flash-attn-2", "triton")
@@ -76,7 +78,7 @@ class AttentionBackend(Protocol):
 
 
 class Step(Protocol):
-    """What the model's forward carries: the engine's step, or the probe's."""
+    """What runs: the engine's step, or the probe's."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
         """query (T, H, E), key and value (T, G, E), result (T, H, E)."""
@@ -96,7 +98,7 @@ class AttentionStep:
     cu_query_lens: Tensor  # (S + 1,) int32
     cu_kv_lens: Tensor  # (S + 1,) int32
     # The same lengths on the host, so that no backend has to ask the device.
-    decode_kv_lens: npt.NDArray[np.int64]  # (D,)
+    decode_kv_lens: npt.NDArray[np.int64] | None  # (D,); None in a step that is captured
     query_lens: npt.NDArray[np.int64]  # (S,)
     kv_lens: npt.NDArray[np.int64]  # (S,)
     prefixes: PrefixGroups | None = None  # of the decode rows
@@ -106,6 +108,21 @@ class AttentionStep:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
         k_cache, v_cache = self.cache.write(layer, self.slots, key, value)
         return self.backend.attend(query, k_cache, v_cache, self, terms)
+
+
+_running: Step | None = None
+
+
+@contextmanager
+def running(step: Step) -> Iterator[None]:
+    """Attention within is `step`'s. One step runs at a time: an engine has one thread."""
+    global _running
+    assert _running is None
+    _running = step
+    try:
+        yield
+    finally:
+        _running = None
 
 
 def register() -> None:
@@ -128,17 +145,36 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    step: Step | None = kwargs.pop(STEP, None)
-    if step is None:
-        raise ConfigurationError(f"{type(module).__name__} does not pass keywords on to its attention function")
     terms = terms_of(module, query, attention_mask, scaling, sliding_window, softcap, kwargs)
     if not terms.is_causal:
         raise ConfigurationError(f"{type(module).__name__} asks its attention for is_causal=False: it is no decoder")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if torch.compiler.is_compiling():
+        window, limit = terms.window or 0, terms.softcap or 0.0
+        output: Tensor = torch.ops.millrace.attend(q, k, v, getattr(module, LAYER_BUFFER), terms.scale, window, limit)
+        return output.unsqueeze(0), None
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
         raise ConfigurationError(f"{type(module).__name__} does not know which layer it is")
-    output = step.attend(layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), terms)
-    return output.unsqueeze(0), None
+    assert _running is not None, "the model was run outside a step"
+    return _running.attend(layer, q, k, v, terms).unsqueeze(0), None
+
+
+@torch.library.custom_op("millrace::attend", mutates_args=())
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layer: Tensor, scale: float, window: int, softcap: float
+) -> Tensor:
+    """Opaque to the compiler: attention of the step that runs when the compiled code does. `layer` is on the CPU."""
+    assert _running is not None, "the model was run outside a step"
+    terms = AttentionTerms(scale, window or None, softcap or None)
+    return _running.attend(int(layer), query, key, value, terms).contiguous()
+
+
+@_attend.register_fake
+def _shape_of(
+    query: Tensor, key: Tensor, value: Tensor, layer: Tensor, scale: float, window: int, softcap: float
+) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 def terms_of(

@@ -2,60 +2,64 @@
 
 import logging
 import platform
+import time
 from collections import deque
-from typing import Any
 
 import numpy as np
 import torch
 
-from batching.block_manager import BlockManager
 from batching.padded import PaddedScheduler
 from batching.scheduler import Outcome, Scheduler, StepPlan
 from batching.sequence import Sequence
-from protocol.errors import ConfigurationError, InvalidRequest
-from protocol.frames import EngineReady, LogitTerms, NewSequence, StepFrame, TokenScores
+from protocol.errors import InvalidRequest
+from protocol.frames import EngineReady, NewSequence, StepFrame, TokenScores
 from protocol.settings import EngineSettings
-from worker.engine.attention import AttentionBackend, choose_backend
-from worker.engine.kv_cache import block_bytes
+from worker.engine.attention import choose_backend
+from worker.engine.cache_size import new_padded_scheduler, new_scheduler, num_cache_blocks, num_padded_tokens
+from worker.engine.limits import check_limits, step_limits
 from worker.engine.loader import LoadedModel, load_model
-from worker.engine.memory import available_bytes, check_cache
 from worker.engine.model_files import ENGINE_VERSION, files_digest, fingerprint, resolve_folder
 from worker.engine.padded_runner import PaddedRunner
 from worker.engine.runner import Runner, StepHandle
 from worker.engine.scorer import Scores
+from worker.engine.telemetry import Telemetry
 from worker.engine.waste import Waste
 
 log = logging.getLogger("millrace.engine")
-
-#: On a CPU the cache competes with everything else on the machine: this many tokens a Sequence, and no more than this.
-CPU_TOKENS_PER_SEQUENCE = 1024
-CPU_MAX_BYTES = 1 << 30
 
 
 class Engine:
     """Raises ConfigurationError when the model, the settings and the machine do not fit together."""
 
     def __init__(self, loaded: LoadedModel, settings: EngineSettings, model_fingerprint: str = "") -> None:
-        _check(settings)
+        check_limits(settings)
         self.loaded = loaded
         self._spreads = settings.device == "auto"
         self.fingerprint = model_fingerprint
         self.lookahead = settings.lookahead
         if self.lookahead is None:
             self.lookahead = 1 if loaded.device.type == "cuda" else 0
-        max_num_seqs = min(settings.max_num_seqs, settings.max_batch_tokens)
+        limits = step_limits(settings, loaded.device)
+        max_num_seqs = limits.max_num_seqs
         self.scheduler: Scheduler | PaddedScheduler
         if loaded.layout == "padded":
             self.lookahead = 0  # a rectangle's next tokens come from the host
             self.attention_name = f"transformers' {loaded.attention}"
             self.runner: Runner = PaddedRunner(loaded, max_num_seqs=max_num_seqs)
-            self.scheduler = _padded_scheduler(loaded, settings, _num_padded_tokens(loaded, settings, self.runner))
+            num_tokens = num_padded_tokens(loaded, settings, limits, self.runner)
+            self.scheduler = new_padded_scheduler(loaded, limits, num_tokens)
         else:
             backend = choose_backend(settings.attention, loaded.device, loaded.dtype)
             self.attention_name = backend.name
-            num_blocks = _num_blocks(loaded, settings, backend, max_num_seqs)
-            self.runner = Runner(loaded, backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks)
-            self.scheduler = _scheduler(loaded, settings, num_blocks, backend.block_size)
+            is_captured = settings.graphs and loaded.device.type == "cuda" and backend.is_capturable
+            num_blocks = num_cache_blocks(loaded, settings, limits, backend, is_captured=is_captured)
+            self.runner = Runner(
+                loaded, backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks, is_captured=is_captured
+            )
+            if is_captured:
+                self.runner.decode.capture()
+            self.scheduler = new_scheduler(loaded, settings, limits, num_blocks, backend.block_size)
+        self.telemetry = Telemetry()
         self._waste = Waste(loaded.layout)
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._refused: list[tuple[int, str]] = []
@@ -72,7 +76,7 @@ class Engine:
     @classmethod
     def start(cls, settings: EngineSettings) -> "Engine":
         """The engine for `settings.model`, read from its folder or from the model hub."""
-        _check(settings)
+        check_limits(settings)
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         folder = resolve_folder(settings.model, settings.revision)
@@ -151,22 +155,40 @@ class Engine:
     def step(self) -> StepFrame | None:
         """Launch what may be launched, then report the oldest step; None when there is nothing left to do."""
         assert self.lookahead is not None
-        while len(self._in_flight) <= self.lookahead:
-            plan = self.scheduler.schedule()
-            if plan is None:
-                break
-            self._in_flight.append((plan, self.runner.launch(plan)))
+        while len(self._in_flight) <= self.lookahead and self._launch():
+            pass
         refused, self._refused = self._refused, []
-        if self._in_flight:
-            plan, handle = self._in_flight.popleft()
-            outcome = self.scheduler.process(plan, handle.wait())
-            scores = [] if handle.scores is None else token_scores(plan, handle.scores)
-            self._waste.count(plan.num_scheduled_tokens, plan.num_padding_tokens)
-            if not self.has_work:
-                self._waste.report()
-            logprobs = [] if handle.logprobs is None else sampled_pieces(plan, handle.logprobs)
-            return self._frame(outcome, plan, refused, scores, logprobs)
-        return self._frame(Outcome(), StepPlan(), refused, [], []) if refused else None
+        if not self._in_flight:
+            return self._frame(Outcome(), StepPlan(), refused, [], []) if refused else None
+        plan, handle = self._in_flight.popleft()
+        started = time.perf_counter()
+        tokens = handle.wait()
+        self.telemetry.count_wait(started, is_idle=not self._in_flight)
+        started = time.perf_counter()
+        outcome = self.scheduler.process(plan, tokens)
+        scores = [] if handle.scores is None else token_scores(plan, handle.scores)
+        self._waste.count(plan.num_scheduled_tokens, plan.num_padding_tokens)
+        if not self.has_work:
+            self._waste.report()
+            self.telemetry.stop()
+        logprobs = [] if handle.logprobs is None else sampled_pieces(plan, handle.logprobs)
+        frame = self._frame(outcome, plan, refused, scores, logprobs)
+        self.telemetry.host_s += time.perf_counter() - started
+        return frame
+
+    def _launch(self) -> bool:
+        """The next step, if there is one."""
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return False
+        handle = self.runner.launch(plan)
+        self._in_flight.append((plan, handle))
+        num_padding = plan.num_padding_tokens + handle.num_padding
+        self.telemetry.count_launch(
+            started, len(plan.sequences), plan.num_scheduled_tokens, num_padding, handle.is_captured
+        )
+        return True
 
     def _frame(
         self,
@@ -206,136 +228,6 @@ class Engine:
             raise InvalidRequest(
                 "invalid_token", f"logit_bias has a token id outside the model's vocabulary of {vocab_size}"
             )
-
-
-def _check(settings: EngineSettings) -> None:
-    # A Sequence is a prompt of one token and an output of one, at least.
-    limits = {"max_batch_tokens": 1, "max_num_seqs": 1, "max_model_len": 2, "kv_tokens": 2, "num_threads": 1}
-    for name, least in limits.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ConfigurationError(f"engine.{name}={value} is too small: it must be at least {least}")
-    if settings.lookahead not in (None, 0, 1):
-        raise ConfigurationError(f"engine.lookahead={settings.lookahead} is out of range: it is 0 or 1")
-    if not 0 < settings.memory_fraction <= 1:
-        raise ConfigurationError(
-            f"engine.memory_fraction={settings.memory_fraction} is out of range: it must be above 0 and at most 1"
-        )
-
-
-def _scheduler(loaded: LoadedModel, settings: EngineSettings, num_blocks: int, block_size: int) -> Scheduler:
-    return Scheduler(
-        BlockManager(num_blocks, block_size),
-        max_num_seqs=settings.max_num_seqs,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_model_len=loaded.max_model_len,
-        admission=settings.admission,
-        prefix_reuse=settings.prefix_reuse,
-    )
-
-
-def _padded_scheduler(loaded: LoadedModel, settings: EngineSettings, num_tokens: int) -> PaddedScheduler:
-    return PaddedScheduler(
-        num_tokens,
-        max_num_seqs=settings.max_num_seqs,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_model_len=loaded.max_model_len,
-    )
-
-
-def _num_blocks(loaded: LoadedModel, settings: EngineSettings, backend: AttentionBackend, max_num_seqs: int) -> int:
-    block_size = backend.block_size
-    bytes_each = block_bytes(loaded.layers, block_size, loaded.dtype)
-    if settings.kv_tokens is not None:
-        if settings.kv_tokens < block_size:
-            raise ConfigurationError(
-                f"engine.kv_tokens={settings.kv_tokens} is less than one block of {block_size} tokens"
-            )
-        check_cache(loaded.device, settings.kv_tokens // block_size * bytes_each, settings.kv_tokens, settings)
-        return settings.kv_tokens // block_size
-    if loaded.device.type != "cuda":
-        return _cpu_tokens(loaded, settings, max_num_seqs) // block_size or 1
-    peak = _peak_bytes(loaded, settings, backend, max_num_seqs)
-    return _left_beside(peak, bytes_each, loaded, settings) // bytes_each
-
-
-def _num_padded_tokens(loaded: LoadedModel, settings: EngineSettings, runner: Runner) -> int:
-    bytes_each = block_bytes(loaded.layers, 1, loaded.dtype)
-    if settings.kv_tokens is not None:
-        check_cache(loaded.device, settings.kv_tokens * bytes_each, settings.kv_tokens, settings)
-        return settings.kv_tokens
-    if loaded.device.type != "cuda":
-        return _cpu_tokens(loaded, settings, min(settings.max_num_seqs, settings.max_batch_tokens))
-    most = settings.max_num_seqs * loaded.max_model_len
-    scheduler = _padded_scheduler(loaded, settings, most)
-    peak = _measure(loaded, settings, scheduler, runner)
-    # Each step a layer's cache is copied into one that is longer by a column: for a moment it is there twice.
-    bytes_each += -(-bytes_each // len(loaded.layers))
-    return min(_left_beside(peak, bytes_each, loaded, settings) // bytes_each, most)
-
-
-def _cpu_tokens(loaded: LoadedModel, settings: EngineSettings, max_num_seqs: int) -> int:
-    """A cache that is always enough for some Sequences, and leaves the machine's other work its memory."""
-    wanted = max_num_seqs * min(loaded.max_model_len, CPU_TOKENS_PER_SEQUENCE)
-    bytes_each = block_bytes(loaded.layers, 1, loaded.dtype)
-    limit = min(CPU_MAX_BYTES, available_bytes(loaded.device, settings) // 2)
-    return max(min(wanted, limit // bytes_each), 1)
-
-
-def _left_beside(peak: int, bytes_each: int, loaded: LoadedModel, settings: EngineSettings) -> int:
-    available = available_bytes(loaded.device, settings) - peak
-    if available < bytes_each:
-        lacking = (bytes_each - available) / torch.cuda.get_device_properties(loaded.device).total_memory
-        raise ConfigurationError(
-            f"engine.memory_fraction={settings.memory_fraction} leaves no memory for a KV cache beside the model and "
-            f"steps of {settings.max_batch_tokens} tokens, which take {peak / 2**30:.2f} GiB: raise it by "
-            f"{lacking:.3f} or more, or lower engine.max_batch_tokens or engine.max_num_seqs"
-        )
-    return available
-
-
-def _peak_bytes(loaded: LoadedModel, settings: EngineSettings, backend: AttentionBackend, max_num_seqs: int) -> int:
-    """What weights and the largest step take without the KV cache, measured by running one.
-
-    The step is full, samples as many rows as may run, draws them all with top_p, whose sort takes most memory, has
-    penalties and log-probabilities for all of them, and scores every token.
-    """
-    num_blocks = max_num_seqs * -(-(_tokens_each(loaded, settings) + 1) // backend.block_size)
-    scheduler = _scheduler(loaded, settings, num_blocks, backend.block_size)
-    runner = Runner(loaded, backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks)
-    peak = _measure(loaded, settings, scheduler, runner)
-    return peak - num_blocks * block_bytes(loaded.layers, backend.block_size, loaded.dtype)
-
-
-def _tokens_each(loaded: LoadedModel, settings: EngineSettings) -> int:
-    max_num_seqs = min(settings.max_num_seqs, settings.max_batch_tokens)
-    return max(1, min(settings.max_batch_tokens // max_num_seqs, loaded.max_model_len - 1))
-
-
-def _measure(
-    loaded: LoadedModel, settings: EngineSettings, scheduler: Scheduler | PaddedScheduler, runner: Runner
-) -> int:
-    """Bytes at the height of a full step."""
-    num_each = _tokens_each(loaded, settings)
-    for i in range(min(settings.max_num_seqs, settings.max_batch_tokens)):
-        prompt = np.zeros(num_each, dtype=np.int32)
-        terms = LogitTerms(repetition_penalty=1.5)
-        wishes: dict[str, Any] = {
-            "temperature": 1.0,
-            "top_p": 0.5,
-            "terms": terms,
-            "logprobs": 1,
-            "score_from": 1,
-            "num_top": 1,
-        }
-        scheduler.add(Sequence(i, prompt, max_tokens=1, **wishes))
-    plan = scheduler.schedule()
-    assert plan is not None
-    torch.cuda.reset_peak_memory_stats(loaded.device)
-    runner.launch(plan).wait()
-    peak = torch.cuda.max_memory_allocated(loaded.device)
-    torch.cuda.empty_cache()
-    return peak
 
 
 def sampled_pieces(plan: StepPlan, scores: Scores) -> list[tuple[int, bytes]]:

@@ -13,6 +13,8 @@ from protocol.settings import EngineSettings
 from worker.engine import attention
 from worker.engine.attention import AttentionTerms
 from worker.engine.checkpoint import read_config, read_model
+from worker.engine.compiling import compile_layers
+from worker.engine.fusing import fuse_linears
 from worker.engine.kv_cache import LayerShape
 from worker.engine.memory import check_memory
 from worker.engine.probe import probe_packed, probe_padded, scoring_obstacle
@@ -100,6 +102,8 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
     model.config.pad_token_id = config.pad_token_id = None
     max_model_len = model_len_limit(config, settings)
     layout, layers = _choose_layout(model, config, settings, max_model_len)
+    if layout == "packed" and settings.fuse_weights:
+        fuse_linears(model, config)
     weight = model.get_input_embeddings().weight
     loaded = LoadedModel(
         model,
@@ -123,6 +127,9 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
         weight.device,
         max_model_len,
     )
+    is_wanted = weight.device.type == "cuda" if settings.compile is None else settings.compile
+    if layout == "packed" and is_wanted:
+        compile_layers(model, config, len(layers))
     return loaded
 
 

@@ -7,7 +7,6 @@ Letters: R rows, C columns of the step, T tokens, K sampled tokens, V vocabulary
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,17 +15,18 @@ from batching.padded import PaddedPlan
 from batching.scheduler import StepPlan
 from worker.engine.loader import LoadedModel
 from worker.engine.padded_forward import PaddedForward
-from worker.engine.runner import Array, Runner
+from worker.engine.row_state import Array
+from worker.engine.runner import Forward, Runner
 
 
 class PaddedRunner(Runner):
     def __init__(self, loaded: LoadedModel, *, max_num_seqs: int) -> None:
-        self._start(loaded, max_num_seqs)
+        self._start(loaded, max_num_seqs, 0)
         self._padded = PaddedForward(loaded.model)
 
-    def _arrays(self, plan: StepPlan, layout: PackedLayout, draw_slots: npt.NDArray[np.int64]) -> dict[str, Array]:
+    def _arrays(self, plan: StepPlan, layout: PackedLayout) -> dict[str, Array]:
         assert isinstance(plan, PaddedPlan)
-        arrays = super()._arrays(plan, layout, draw_slots)
+        arrays = super()._arrays(plan, layout)
         pads = np.array([plan.width - seq.num_prompt_tokens for seq in plan.rectangle], dtype=np.int64)
         rows = np.repeat(np.array(plan.rows, dtype=np.int64), layout.query_lens)  # (T,) of the rectangle
         arrays["pads"] = pads  # (R,)
@@ -36,9 +36,7 @@ class PaddedRunner(Runner):
             arrays["kept"] = np.array(plan.kept, dtype=np.int64)
         return arrays
 
-    def _forward(
-        self, plan: StepPlan, layout: PackedLayout, sent: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _forward(self, plan: StepPlan, layout: PackedLayout, sent: dict[str, Tensor]) -> Forward:
         assert isinstance(plan, PaddedPlan)
         if plan.is_new:
             self._padded.start()
@@ -48,4 +46,5 @@ class PaddedRunner(Runner):
         token_ids = torch.zeros(shape, dtype=torch.int64, device=self.device)  # (R, C)
         token_ids.view(-1).index_copy_(0, sent["places"], sent["prefill_token_ids"])
         logits = self._padded.run(token_ids, sent["pads"], plan.first_column)[:, -1]  # (R, V)
-        return logits.index_select(0, sent["sampled_rectangle_rows"]), sent["prefill_positions"], sent["places"]
+        logits = logits.index_select(0, sent["sampled_rectangle_rows"])
+        return Forward(logits, sent["prefill_positions"], sent["places"])

@@ -12,6 +12,7 @@ from batching.whole import WholePlan, WholeScheduler
 from protocol.errors import ConfigurationError, InvalidRequest
 from protocol.frames import EngineReady, NewSequence, StepFrame
 from protocol.settings import EngineSettings
+from worker.engine.limits import step_limits
 from worker.engine.model_files import ENGINE_VERSION, files_digest, fingerprint, resolve_folder
 from worker.engine.pooled_model import PooledModel, load_pooled
 from worker.engine.pooling_runner import PoolingRunner, VectorsHandle
@@ -32,9 +33,10 @@ class PoolingEngine:
         attention = choose_text_attention(settings.attention, pooled.device, pooled.backbone.dtype)
         is_packed = pooled.layout == "packed"
         self.attention_name = attention.name if is_packed else f"transformers' {pooled.attention}"
+        limits = step_limits(settings, pooled.device)
         self.scheduler = WholeScheduler(
-            max_num_seqs=min(settings.max_num_seqs, settings.max_batch_tokens),
-            max_batch_tokens=settings.max_batch_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_batch_tokens=limits.max_batch_tokens,
             max_model_len=pooled.max_model_len,
             is_padded=not is_packed,
         )

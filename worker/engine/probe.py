@@ -50,15 +50,15 @@ def probe_packed(model: Any, config: Any) -> tuple[dict[int, AttentionTerms], li
 
     Raises ConfigurationError with what speaks against packing.
     """
-    ids = _tokens(model, config)
+    ids = probe_tokens(model, config)
     step = _ProbeStep()
     try:
-        output = model(
-            input_ids=ids.repeat(2).unsqueeze(0),
-            position_ids=torch.arange(len(ids), device=ids.device).repeat(2).unsqueeze(0),
-            use_cache=False,
-            **{attention.STEP: step},
-        )
+        with attention.running(step):
+            output = model(
+                input_ids=ids.repeat(2).unsqueeze(0),
+                position_ids=torch.arange(len(ids), device=ids.device).repeat(2).unsqueeze(0),
+                use_cache=False,
+            )
     except (TypeError, RuntimeError) as error:
         raise ConfigurationError(str(error)) from error
     num_layers = config.num_hidden_layers
@@ -76,7 +76,7 @@ def probe_padded(model: Any, config: Any) -> list[LayerShape]:
 
     Raises ConfigurationError with what speaks against padding.
     """
-    ids = _tokens(model, config)
+    ids = probe_tokens(model, config)
     fewer = ids[-min(_FEWER_TOKENS, len(ids)) :]
     num_pads = len(ids) - len(fewer)
     rectangle = torch.stack((ids, torch.cat((ids.new_zeros(num_pads), fewer))))
@@ -104,12 +104,11 @@ def probe_padded(model: Any, config: Any) -> list[LayerShape]:
 @torch.inference_mode()
 def scoring_obstacle(model: Any, config: Any) -> str | None:
     """Score the probe's tokens and compare with the logits themselves; why it cannot be done, or None."""
-    ids = _tokens(model, config)
+    ids = probe_tokens(model, config)
     scorer = Scorer(model)
-    step = {attention.STEP: _WholeStep()} if model.config._attn_implementation == attention.NAME else {}
     try:
-        with scorer.watch(True):
-            logits = model(input_ids=ids.unsqueeze(0), use_cache=False, **step).logits[0]
+        with scorer.watch(True), attention.running(WholeStep()):
+            logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0]
         places = torch.arange(len(ids) - 1, device=ids.device)
         scores = scorer.score(places, ids[1:], 0)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -118,7 +117,7 @@ def scoring_obstacle(model: Any, config: Any) -> str | None:
     return None if _agree(expected, scores.logprobs) else "its head gives other logits apart from its backbone"
 
 
-class _WholeStep:
+class WholeStep:
     """The packed row is one text."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
@@ -130,7 +129,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def _tokens(model: Any, config: Any) -> Tensor:
+def probe_tokens(model: Any, config: Any) -> Tensor:
     num = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
     device: torch.device = model.get_input_embeddings().weight.device
     return torch.arange(num, device=device) * 7 % int(config.vocab_size)

@@ -19,12 +19,13 @@ from batching.scheduler import StepPlan
 from worker.engine import attention
 from worker.engine.adjustments import Adjustments
 from worker.engine.attention import AttentionBackend, AttentionStep
+from worker.engine.compiling import uncompiled
+from worker.engine.decode_step import DecodeStep
 from worker.engine.kv_cache import KVCache
 from worker.engine.loader import LoadedModel
+from worker.engine.row_state import Array, RowState
 from worker.engine.sampler import Draws, sample
 from worker.engine.scorer import Scorer, Scores, score_rows
-
-Array = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 
 
 def send(arrays: Mapping[str, Array], device: torch.device) -> dict[str, Tensor]:
@@ -46,6 +47,17 @@ def send(arrays: Mapping[str, Array], device: torch.device) -> dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Forward:
+    """A forward pass on its way."""
+
+    logits: Tensor  # (K, V) of the sampled tokens
+    positions: Tensor  # (T,) of all tokens
+    places: Tensor | None = None  # (T,) of the tokens in the model's input; None: in the same order
+    tokens: Tensor | None = None  # (K,) where the pass has drawn them, as rows without further wishes have them drawn
+    num_padding: int = 0  # rows that were nobody's
+
+
+@dataclass(frozen=True, slots=True)
 class StepHandle:
     """A launched step's tokens, on their way to the host."""
 
@@ -53,6 +65,8 @@ class StepHandle:
     done: torch.cuda.Event | None
     scores: Scores | None = None  # to be read after `wait`, as the next
     logprobs: Scores | None = None  # of the sampled tokens whose Sequences asked, in their order
+    is_captured: bool = False  # replayed from a graph
+    num_padding: int = 0  # rows of the graph that were nobody's
 
     def wait(self) -> npt.NDArray[np.int64]:
         if self.done is not None:
@@ -62,103 +76,95 @@ class StepHandle:
 
 
 class Runner:
-    def __init__(self, loaded: LoadedModel, backend: AttentionBackend, *, max_num_seqs: int, num_blocks: int) -> None:
-        self._start(loaded, max_num_seqs)
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        backend: AttentionBackend,
+        *,
+        max_num_seqs: int,
+        num_blocks: int,
+        is_captured: bool = False,
+    ) -> None:
+        self._start(loaded, max_num_seqs, -(-loaded.max_model_len // backend.block_size))
         self.backend = backend
-        self.max_blocks = -(-loaded.max_model_len // backend.block_size)
-        self.resize_cache(num_blocks)
-        num_rows, device = max_num_seqs, self.device
-        self._length = torch.zeros(num_rows, dtype=torch.int64, device=device)  # (R,) tokens written
-        self._block_table = torch.zeros(num_rows, self.max_blocks, dtype=torch.int32, device=device)  # (R, M)
+        # A block more, for what rows of nobody write.
+        self.cache = KVCache(loaded.layers, num_blocks + 1, backend.block_size, loaded.device, loaded.dtype)
+        self.state.block_table[self.state.nobody] = num_blocks
+        self.decode = DecodeStep(loaded, backend, self.cache, self.state, is_captured=is_captured)
 
-    def _start(self, loaded: LoadedModel, num_rows: int) -> None:
+    def _start(self, loaded: LoadedModel, num_rows: int, max_blocks: int) -> None:
         """What sampling and scoring need, whatever the layout."""
         self.loaded = loaded
-        self.device = device = loaded.device
+        self.device = loaded.device
+        self.state = RowState(num_rows, max_blocks, loaded.device)
         self._scorer = Scorer(loaded.model)
-        self._last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)  # (R,)
-        # Sampling parameters (R,) each; position and last token complete what a draw depends on.
-        self._temperature = torch.zeros(num_rows, dtype=torch.float32, device=device)
-        self._top_p = torch.ones(num_rows, dtype=torch.float32, device=device)
-        self._top_k = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._seed = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._sample = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._min_p = torch.zeros(num_rows, dtype=torch.float32, device=device)
-        # The host's own copy of what decides which sampling code runs.
-        self._draws = np.zeros(num_rows, dtype=bool)
-        self._is_limited = np.zeros(num_rows, dtype=bool)
-        self._has_min_p = np.zeros(num_rows, dtype=bool)
-        self._num_logprobs = np.full(num_rows, -1, dtype=np.int64)  # -1: not asked for
-        self._adjustments = Adjustments(num_rows, loaded.vocab_size, device)
-
-    def resize_cache(self, num_blocks: int) -> None:
-        """A fresh KV cache; what the old one held is gone."""
-        self.cache: KVCache | None = None  # the old one's memory is free before the new one takes its own
-        loaded = self.loaded
-        self.cache = KVCache(loaded.layers, num_blocks, self.backend.block_size, loaded.device, loaded.dtype)
+        self._adjustments = Adjustments(num_rows, loaded.vocab_size, loaded.device)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step. On CUDA nothing in here waits for the device."""
         layout = pack(plan)
-        draw_slots = np.flatnonzero(self._note_admitted(plan)[layout.sampled_rows])
-        logprob_slots = np.flatnonzero(self._num_logprobs[layout.sampled_rows] >= 0)
-        arrays = self._arrays(plan, layout, draw_slots) | self._adjustments.arrays(plan, layout.sampled_rows)
-        sent = send(arrays | {"logprob_slots": logprob_slots} if len(logprob_slots) else arrays, self.device)
-        self._update_rows(sent)
+        arrays = self.state.arrays(plan) | self._adjustments.arrays(plan, layout.sampled_rows)
+        logprob_slots = np.flatnonzero(self.state.num_logprobs[layout.sampled_rows] >= 0)
+        if len(logprob_slots):
+            arrays["logprob_slots"] = logprob_slots
+        sent = send(arrays | self._arrays(plan, layout), self.device)
+        self.state.update(sent)
         if plan.copies:
-            assert self.cache is not None
             self.cache.copy_blocks(sent["copy_sources"], sent["copy_targets"])
         with self._scorer.watch(bool(plan.scored)):
-            logits, positions, places = self._forward(plan, layout, sent)
-        # A copy, since adjusting may happen in place.
-        raw = logits.index_select(0, sent["logprob_slots"]) if len(logprob_slots) else None  # (A, V)
-        sampled_rows = sent["sampled_rows"]
-        logits = self._adjustments.apply(logits, sent)
-        tokens = sample(logits, self._gather_draws(sent, sampled_rows, positions) if len(draw_slots) else None)
-        self._adjustments.count(tokens, sent)
-        self._last_token.index_copy_(0, sampled_rows, tokens)
-        scores = logprobs = None
+            forward = self._forward(plan, layout, sent)
+        tokens, logprobs = self._sample(layout, sent, forward)
+        scores = None
         if plan.scored:
-            scored = sent["scored"] if places is None else places[sent["scored"]]
+            scored = sent["scored"] if forward.places is None else forward.places[sent["scored"]]
             num_top = max(plan.sequences[segment].num_top for segment, _, _ in plan.scored)
             scores = self._scorer.score(scored, sent["score_targets"], num_top)
-        if raw is not None:
-            num_top = int(self._num_logprobs[layout.sampled_rows].max())
-            logprobs = score_rows(raw, tokens[sent["logprob_slots"]], num_top)
-        return self._fetch(tokens, scores, logprobs)
+        return self._fetch(forward, tokens, scores, logprobs)
 
-    def _forward(
-        self, plan: StepPlan, layout: PackedLayout, sent: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits (K, V) of the sampled tokens, positions (T,) of all, and where they are in the model's input (T,):
-        None when they are in the same order."""
+    def _forward(self, plan: StepPlan, layout: PackedLayout, sent: dict[str, Tensor]) -> Forward:
+        if plan.is_decode_only:
+            self.decode.update(sent)
+            decoded = self.decode.run(layout.kv_lens)
+            return Forward(decoded.logits, decoded.positions, tokens=decoded.tokens, num_padding=decoded.num_padding)
         rows, num_decode = sent["rows"], layout.num_decode
         decode_rows = rows[:num_decode]
-        token_ids = torch.cat((self._last_token[decode_rows], sent["prefill_token_ids"]))  # (T,)
-        positions = torch.cat((self._length[decode_rows], sent["prefill_positions"]))  # (T,)
+        token_ids = torch.cat((self.state.last_token[decode_rows], sent["prefill_token_ids"]))  # (T,)
+        positions = torch.cat((self.state.length[decode_rows], sent["prefill_positions"]))  # (T,)
         step = self._attention_step(layout, sent, positions)
-        self._length.index_copy_(0, rows, sent["kv_lens"])
-        logits = self.loaded.model(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=sent["sampled"],
-            **{attention.STEP: step},
-        ).logits[0]
-        return logits, positions, None
+        self.state.length.index_copy_(0, rows, sent["kv_lens"])
+        with attention.running(step), uncompiled(len(token_ids) == 1):
+            logits = self.loaded.model(
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=sent["sampled"],
+            ).logits[0]
+        return Forward(logits, positions)
 
-    def _note_admitted(self, plan: StepPlan) -> npt.NDArray[np.bool_]:
-        for seq in plan.admitted:
-            self._draws[seq.row] = seq.temperature > 0
-            self._is_limited[seq.row] = seq.temperature > 0 and (seq.top_k > 0 or seq.top_p < 1)
-            self._has_min_p[seq.row] = seq.temperature > 0 and seq.min_p > 0
-            self._num_logprobs[seq.row] = -1 if seq.logprobs is None else seq.logprobs
-        return self._draws
+    def _sample(self, layout: PackedLayout, sent: dict[str, Tensor], forward: Forward) -> tuple[Tensor, Scores | None]:
+        """Tokens (K,), and their log-probabilities where they are asked for."""
+        tokens, sampled_rows = forward.tokens, sent["sampled_rows"]
+        is_plain = "logprob_slots" not in sent and not self._adjustments.are_in(sent)
+        if tokens is not None and is_plain:
+            return tokens, None
+        logits, raw = forward.logits, None
+        if "logprob_slots" in sent:
+            # A copy, since adjusting may happen in place.
+            raw = logits.index_select(0, sent["logprob_slots"])  # (A, V)
+        logits = self._adjustments.apply(logits, sent)
+        draws = self._gather_draws(sent, sampled_rows, forward.positions) if "draw_slots" in sent else None
+        tokens = sample(logits, draws)
+        self._adjustments.count(tokens, sent)
+        self.state.last_token.index_copy_(0, sampled_rows, tokens)
+        if raw is None:
+            return tokens, None
+        num_top = int(self.state.num_logprobs[layout.sampled_rows].max())
+        return tokens, score_rows(raw, tokens[sent["logprob_slots"]], num_top)
 
-    def _arrays(self, plan: StepPlan, layout: PackedLayout, draw_slots: npt.NDArray[np.int64]) -> dict[str, Array]:
-        """Everything the step needs from the host."""
-        num_decode, admitted = layout.num_decode, plan.admitted
+    def _arrays(self, plan: StepPlan, layout: PackedLayout) -> dict[str, Array]:
+        """Everything the step needs from the host beside what has changed of its rows."""
+        num_decode = layout.num_decode
         arrays: dict[str, Array] = {
             "rows": layout.rows,
             "kv_lens": layout.kv_lens,
@@ -172,47 +178,31 @@ class Runner:
         }
         if len(layout.scored):
             arrays["scored"], arrays["score_targets"] = layout.scored, layout.score_targets
-        if plan.new_blocks:
-            blocks = np.array(plan.new_blocks, dtype=np.int64)  # (blocks, 3)
-            arrays["block_places"] = blocks[:, 0] * self.max_blocks + blocks[:, 1]
-            arrays["blocks"] = blocks[:, 2].copy()
         if plan.copies:
             arrays["copy_sources"], arrays["copy_targets"] = np.array(plan.copies, dtype=np.int64).T.copy()
-        if admitted:
-            arrays["new_rows"] = np.array([seq.row for seq in admitted], dtype=np.int64)
-            arrays["temperature"] = np.array([seq.temperature for seq in admitted], dtype=np.float32)
-            arrays["top_p"] = np.array([seq.top_p for seq in admitted], dtype=np.float32)
-            arrays["top_k"] = np.array([seq.top_k for seq in admitted], dtype=np.int64)
-            arrays["min_p"] = np.array([seq.min_p for seq in admitted], dtype=np.float32)
-            arrays["seed"] = np.array([_as_int64(seq.seed) for seq in admitted], dtype=np.int64)
-            arrays["sample"] = np.array([seq.sample for seq in admitted], dtype=np.int64)
-        if len(draw_slots):
-            arrays["draw_slots"] = draw_slots
-            arrays["limited"] = np.flatnonzero(self._is_limited[layout.sampled_rows[draw_slots]])
-            if self._has_min_p[layout.sampled_rows[draw_slots]].any():
-                arrays["min_p_rows"] = layout.sampled_rows[draw_slots]
+        if plan.is_decode_only:
+            arrays |= self.decode.arrays(layout.rows)
+        return arrays | self._draw_arrays(layout)
+
+    def _draw_arrays(self, layout: PackedLayout) -> dict[str, Array]:
+        """For tokens that are drawn outside a graph."""
+        state = self.state
+        draw_slots = np.flatnonzero(state.draws[layout.sampled_rows])
+        if not len(draw_slots):
+            return {}
+        rows = layout.sampled_rows[draw_slots]
+        arrays: dict[str, Array] = {"draw_slots": draw_slots, "limited": np.flatnonzero(state.is_limited[rows])}
+        if state.has_min_p[rows].any():
+            arrays["min_p_rows"] = rows
         return arrays
 
-    def _update_rows(self, sent: dict[str, Tensor]) -> None:
-        if "blocks" in sent:
-            self._block_table.view(-1).index_copy_(0, sent["block_places"], sent["blocks"].int())
-        if "new_rows" in sent:
-            rows = sent["new_rows"]
-            self._temperature.index_copy_(0, rows, sent["temperature"])
-            self._top_p.index_copy_(0, rows, sent["top_p"])
-            self._top_k.index_copy_(0, rows, sent["top_k"])
-            self._min_p.index_copy_(0, rows, sent["min_p"])
-            self._seed.index_copy_(0, rows, sent["seed"])
-            self._sample.index_copy_(0, rows, sent["sample"])
-
     def _attention_step(self, layout: PackedLayout, sent: dict[str, Tensor], positions: Tensor) -> AttentionStep:
-        num_decode, block_size = layout.num_decode, self.backend.block_size
+        num_decode, block_size, state = layout.num_decode, self.backend.block_size, self.state
         rows = sent["rows"]
         token_rows = torch.cat((rows[:num_decode], sent["prefill_rows"]))  # (T,)
-        places = token_rows * self.max_blocks + positions // block_size
-        slots = self._block_table.view(-1)[places].long() * block_size + positions % block_size
-        tables = self._block_table[rows]  # (S, M)
-        assert self.cache is not None
+        places = token_rows * state.max_blocks + positions // block_size
+        slots = state.block_table.view(-1)[places].long() * block_size + positions % block_size
+        tables = state.block_table[rows]  # (S, M)
         return AttentionStep(
             cache=self.cache,
             backend=self.backend,
@@ -229,30 +219,26 @@ class Runner:
         )
 
     def _gather_draws(self, sent: dict[str, Tensor], sampled_rows: Tensor, positions: Tensor) -> Draws:
-        slots = sent["draw_slots"]
+        slots, state = sent["draw_slots"], self.state
         rows = sampled_rows[slots]
         return Draws(
             rows=slots,
             limited=sent["limited"] if len(sent["limited"]) else None,
-            temperature=self._temperature[rows],
-            top_p=self._top_p[rows],
-            top_k=self._top_k[rows],
-            seed=self._seed[rows],
-            sample=self._sample[rows],
+            temperature=state.temperature[rows],
+            top_p=state.top_p[rows],
+            top_k=state.top_k[rows],
+            seed=state.seed[rows],
+            sample=state.sample[rows],
             position=positions[sent["sampled"][slots]] + 1,
-            min_p=self._min_p[sent["min_p_rows"]] if "min_p_rows" in sent else None,
+            min_p=state.min_p[sent["min_p_rows"]] if "min_p_rows" in sent else None,
         )
 
-    def _fetch(self, tokens: Tensor, scores: Scores | None, logprobs: Scores | None) -> StepHandle:
-        if self.device.type != "cuda":
-            return StepHandle(tokens, None, scores, logprobs)
-        host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        scores = None if scores is None else scores.to_host()
-        logprobs = None if logprobs is None else logprobs.to_host()
-        return StepHandle(host, torch.cuda.current_stream(self.device).record_event(), scores, logprobs)
-
-
-def _as_int64(seed: int) -> int:
-    """The same 64 bits as a signed number."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    def _fetch(self, forward: Forward, tokens: Tensor, scores: Scores | None, logprobs: Scores | None) -> StepHandle:
+        done = None
+        if self.device.type == "cuda":
+            host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
+            tokens = host.copy_(tokens, non_blocking=True)
+            scores = None if scores is None else scores.to_host()
+            logprobs = None if logprobs is None else logprobs.to_host()
+            done = torch.cuda.current_stream(self.device).record_event()
+        return StepHandle(tokens, done, scores, logprobs, forward.tokens is not None, forward.num_padding)

@@ -48,6 +48,7 @@ class SDPABackend:
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
         lens = step.decode_kv_lens
+        assert lens is not None
         # Launches are what costs on a GPU, and memory traffic on a CPU.
         bytes_per_token = 2 * k_cache[0, 0].nbytes if query.device.type == "cpu" else 0
         groups = _groups(lens, bytes_per_token)

@@ -1,0 +1,60 @@
+"""The decode step that is captured on CUDA, run as it is: filled up with rows of nobody, asking the host nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.reference import Reference, assert_equal_where_decided, drive, new_sequence, settings_for
+from worker.engine.attention import AttentionStep, AttentionTerms
+from worker.engine.backends.sdpa import SDPABackend
+from worker.engine.decode_step import Decoded, DecodeStep, graph_sizes
+from worker.engine.engine import Engine
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 256, 1000])
+def test_graph_sizes_hold_every_number_of_rows_with_little_padding(num_rows: int) -> None:
+    sizes = graph_sizes(num_rows)
+
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] >= num_rows
+    assert all(b - a <= (2 if a < 8 else max(8, a // 8)) for a, b in zip([0, *sizes], sizes, strict=False))
+
+
+class _Blind(SDPABackend):
+    """Takes lengths from the device, as a backend must that is captured."""
+
+    def attend(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
+    ) -> Tensor:
+        if step.decode_kv_lens is None:
+            object.__setattr__(step, "decode_kv_lens", step.decode_lens.numpy().astype("int64"))
+        return super().attend(query, k_cache, v_cache, step, terms)
+
+
+def test_padded_steps_that_ask_the_host_nothing_give_the_same_text(
+    model_folder: Callable[[str], Path], reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = reference("qwen3")
+    sizes = []
+
+    def run(step: DecodeStep, host_lens: Any) -> Decoded:
+        size = next(size for size in step._sizes if size >= len(host_lens))
+        whole = step._forward(size, None)
+        assert whole.tokens is not None
+        sizes.append((len(host_lens), size))
+        logits, positions, tokens = (x[: len(host_lens)] for x in (whole.logits, whole.positions, whole.tokens))
+        return Decoded(logits, positions, tokens)
+
+    monkeypatch.setattr("worker.engine.engine.choose_backend", lambda *_: _Blind())
+    monkeypatch.setattr(DecodeStep, "run", run)
+    monkeypatch.setattr(DecodeStep, "_sample", lambda step, logits, rows, positions: torch.argmax(logits, dim=-1))
+    engine = Engine.start(settings_for(model_folder("qwen3"), lookahead=1))
+
+    outcome = drive(engine, [new_sequence(i, prompt, 40) for i, prompt in enumerate(expected.prompts)])
+
+    assert any(num < size for num, size in sizes)
+    assert_equal_where_decided([outcome.outputs[i] for i in range(len(expected.prompts))], expected)

@@ -1,0 +1,62 @@
+"""Compiling: the model's layers through torch.compile, one at a time, with the number of tokens left open.
+
+All layers of a kind run the same code, so it is compiled once for all of them and all lengths, and what is between the
+layers stays as it is. Attention is opaque to the compiler: see `attention`.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from worker.engine import attention
+from worker.engine.attention import LAYER_BUFFER
+from worker.engine.probe import WholeStep, probe_tokens
+
+log = logging.getLogger("millrace.engine")
+
+
+@torch.inference_mode()
+def compile_layers(model: Any, config: Any, num_layers: int) -> bool:
+    """Compile the model's layers, now; False, with the reason in the log, where they run as they are."""
+    layers = _layers(model, num_layers)
+    if layers is None:
+        log.warning("layers run uncompiled: the model does not keep its %d layers in one list", num_layers)
+        return False
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(number := getattr(module, "layer_idx", None), int):
+                # On the CPU, where it is read without asking the device.
+                module.register_buffer(LAYER_BUFFER, torch.tensor(number, device="cpu"), persistent=False)
+        layer.compile(dynamic=True, fullgraph=True)
+    started = time.perf_counter()
+    try:
+        with attention.running(WholeStep()):
+            model(input_ids=probe_tokens(model, config).unsqueeze(0), use_cache=False)
+    except (RuntimeError, TypeError, AttributeError) as error:  # torch's own errors are RuntimeErrors
+        for layer in layers:
+            layer._compiled_call_impl = None
+        log.warning("layers run uncompiled: %s", str(error).split("\n", 1)[0])
+        return False
+    log.info("layers compiled in %.1f s", time.perf_counter() - started)
+    return True
+
+
+@contextmanager
+def uncompiled(is_wanted: bool) -> Iterator[None]:
+    """One token alone would be compiled apart, since sizes of 1 are never left open: not worth a compiler's time."""
+    if not is_wanted:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _layers(model: Any, num_layers: int) -> nn.ModuleList | None:
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    numbered = [m for m in found if all(any(hasattr(x, "layer_idx") for x in layer.modules()) for layer in m)]
+    return numbered[0] if len(numbered) == 1 else None

@@ -1,0 +1,175 @@
+"""DecodeStep: one token of every running Sequence, from tensors that stay where they are.
+
+Nothing in it depends on the host but the number of rows, so on CUDA it is captured as a graph, lm_head and sampler
+included, once for each of a list of sizes; a step of fewer rows is filled up with rows of nobody. Where it is not
+captured the same code runs as it is, with exactly the rows there are.
+
+Letters: D rows, V vocabulary, M blocks per table, X groups with a common prefix, P members of the largest.
+"""
+
+import logging
+import time
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from worker.engine import attention
+from worker.engine.attention import AttentionBackend, AttentionStep
+from worker.engine.kernels.prefix_groups import PrefixGroups
+from worker.engine.kv_cache import KVCache
+from worker.engine.loader import LoadedModel
+from worker.engine.row_state import RowState
+
+log = logging.getLogger("millrace.engine")
+
+#: Rows between one captured size and the next, from so many rows on. Padding costs about as much as it adds rows.
+_STRIDES = ((0, 2), (8, 8), (128, 16), (256, 32), (512, 64))
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    logits: Tensor  # (D, V)
+    positions: Tensor  # (D,) int64
+    tokens: Tensor | None  # (D,) int64, None where the caller is to sample
+    num_padding: int = 0  # rows that were computed for nobody
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    decoded: Decoded
+    prefixes: PrefixGroups | None
+
+
+def graph_sizes(num_rows: int) -> list[int]:
+    """At how many rows graphs are captured, so that up to `num_rows` can run; ascending."""
+    sizes, size = [], 0
+    while size < num_rows:
+        size += next(stride for start, stride in reversed(_STRIDES) if size >= start)
+        sizes.append(size)
+    return sizes
+
+
+class DecodeStep:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        backend: AttentionBackend,
+        cache: KVCache,
+        state: RowState,
+        *,
+        is_captured: bool,
+    ) -> None:
+        self._loaded = loaded
+        self._backend = backend
+        self._cache = cache
+        self._state = state
+        self.is_captured = is_captured
+        self._sizes = graph_sizes(state.nobody)
+        self._rows = torch.full((self._sizes[-1],), state.nobody, dtype=torch.int64, device=loaded.device)
+        self._host_rows = np.full(self._sizes[-1], state.nobody, dtype=np.int64)
+        self._graphs: dict[int, _Graph] = {}
+        self._pool: Any = None  # the graphs' memory, which they share
+        no_rows = torch.zeros(1, dtype=torch.int32, device=loaded.device)
+        self._no_prefill = (torch.zeros(0, state.max_blocks, dtype=torch.int32, device=loaded.device), no_rows, no_rows)
+
+    def arrays(self, rows: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.int64]]:
+        """What the device does not know yet of the rows (D,) of the next step."""
+        num = len(rows)
+        is_end = num == len(self._host_rows) or self._host_rows[num] == self._state.nobody
+        if is_end and np.array_equal(self._host_rows[:num], rows):
+            return {}
+        self._host_rows[:num] = rows
+        self._host_rows[num:] = self._state.nobody
+        return {"decode_rows": self._host_rows}
+
+    def update(self, sent: dict[str, Tensor]) -> None:
+        if "decode_rows" in sent:
+            self._rows.copy_(sent["decode_rows"])
+
+    def run(self, host_lens: npt.NDArray[np.int64]) -> Decoded:
+        """The step of the rows last given to `arrays`; `host_lens` (D,) are tokens to attend to."""
+        num_rows = len(host_lens)
+        if not self.is_captured:
+            return self._forward(num_rows, host_lens)
+        size = self._sizes[bisect_left(self._sizes, num_rows)]
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(size)
+        found = self._graphs[size]
+        found.graph.replay()
+        whole = found.decoded
+        assert whole.tokens is not None
+        logits, positions, tokens = (x[:num_rows] for x in (whole.logits, whole.positions, whole.tokens))
+        return Decoded(logits, positions, tokens, size - num_rows)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """All sizes, the largest first, so that the others find room in its memory. Leaves no trace in any row."""
+        started = time.perf_counter()
+        for size in reversed(self._sizes):
+            self._graphs[size] = self._capture(size)
+        seconds = time.perf_counter() - started
+        log.info("decode captured at %d sizes up to %d rows in %.1f s", len(self._sizes), self._sizes[-1], seconds)
+
+    def rehearse(self) -> None:
+        """The largest step once, uncaptured, with rows of nobody: kernels are built, and memory is seen to suffice."""
+        self._forward(self._sizes[-1], None)
+
+    def _capture(self, size: int) -> _Graph:
+        kept = self._rows.clone()
+        self._rows.fill_(self._state.nobody)
+        self._forward(size, None)  # what is built or chosen at first use must not be within
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            decoded = self._forward(size, None)
+        self._pool = self._pool or graph.pool()
+        self._rows.copy_(kept)
+        return _Graph(graph, decoded, None)
+
+    def _forward(self, num_rows: int, host_lens: npt.NDArray[np.int64] | None) -> Decoded:
+        """`host_lens` is None for a step that asks the host nothing, and samples by itself."""
+        state, block_size = self._state, self._backend.block_size
+        rows = self._rows[:num_rows]  # (D,)
+        positions = state.length[rows]  # (D,)
+        tables = state.block_table[rows]  # (D, M)
+        blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
+        prefill_tables, cu_query_lens, cu_kv_lens = self._no_prefill
+        none = np.empty(0, dtype=np.int64)
+        step = AttentionStep(
+            cache=self._cache,
+            backend=self._backend,
+            num_decode=num_rows,
+            slots=blocks * block_size + positions % block_size,
+            decode_tables=tables,
+            decode_lens=(positions + 1).int(),
+            prefill_tables=prefill_tables,
+            cu_query_lens=cu_query_lens,
+            cu_kv_lens=cu_kv_lens,
+            decode_kv_lens=host_lens,
+            query_lens=none,
+            kv_lens=none,
+        )
+        with attention.running(step):
+            logits = self._loaded.model(
+                input_ids=state.last_token[rows].unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
+            ).logits[0]
+        state.length.index_copy_(0, rows, positions + 1)
+        state.length[state.nobody :] = 0
+        if host_lens is not None:
+            return Decoded(logits, positions, None)
+        tokens = self._sample(logits, rows, positions)
+        state.last_token.index_copy_(0, rows, tokens)
+        return Decoded(logits, positions, tokens)
+
+    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        from worker.engine.kernels.sampling import sample_rows
+
+        state = self._state
+        limits = (state.temperature, state.top_p, state.top_k, state.min_p, state.seed, state.sample)
+        return sample_rows(logits, rows, *limits, positions + 1)

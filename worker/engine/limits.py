@@ -1,0 +1,42 @@
+"""Limits of a step: the settings' where they are set, and what suits the device where they are not."""
+
+from dataclasses import dataclass
+
+import torch
+
+from protocol.errors import ConfigurationError
+from protocol.settings import EngineSettings
+
+#: (Sequences, tokens) of a step. A GPU reads its weights once for all rows, so more rows are nearly free; a CPU's cache
+#: would not hold them.
+_GPU = (1024, 16_384)
+_CPU = (256, 8192)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_num_seqs: int  # no more than tokens: every running Sequence gets its one token per step
+    max_batch_tokens: int
+
+
+def step_limits(settings: EngineSettings, device: torch.device) -> Limits:
+    num_seqs, num_tokens = _GPU if device.type == "cuda" else _CPU
+    max_batch_tokens = num_tokens if settings.max_batch_tokens is None else settings.max_batch_tokens
+    max_num_seqs = num_seqs if settings.max_num_seqs is None else settings.max_num_seqs
+    return Limits(min(max_num_seqs, max_batch_tokens), max_batch_tokens)
+
+
+def check_limits(settings: EngineSettings) -> None:
+    """Raises ConfigurationError."""
+    # A Sequence is a prompt of one token and an output of one, at least.
+    limits = {"max_batch_tokens": 1, "max_num_seqs": 1, "max_model_len": 2, "kv_tokens": 2, "num_threads": 1}
+    for name, least in limits.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ConfigurationError(f"engine.{name}={value} is too small: it must be at least {least}")
+    if settings.lookahead not in (None, 0, 1):
+        raise ConfigurationError(f"engine.lookahead={settings.lookahead} is out of range: it is 0 or 1")
+    if not 0 < settings.memory_fraction <= 1:
+        raise ConfigurationError(
+            f"engine.memory_fraction={settings.memory_fraction} is out of range: it must be above 0 and at most 1"
+        )
