@@ -64,11 +64,6 @@ class Adjustments:
                 arrays[name] = penalties[:, i].copy()  # (P,)
         return arrays
 
-    @staticmethod
-    def are_in(sent: dict[str, Tensor]) -> bool:
-        """Whether this step changes any logits."""
-        return "edit_slots" in sent or "penalized" in sent
-
     def apply(self, logits: Tensor, sent: dict[str, Tensor]) -> Tensor:
         """logits (K, V) -> the same in float32 with this step's changes, perhaps in place."""
         self._start_counts(sent)

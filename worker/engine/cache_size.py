@@ -112,9 +112,9 @@ def _peak_bytes(
     """
     num_blocks = limits.max_num_seqs * -(-(_tokens_each(loaded, limits) + 1) // backend.block_size)
     scheduler = new_scheduler(loaded, settings, limits, num_blocks, backend.block_size)
-    runner = Runner(loaded, backend, max_num_seqs=limits.max_num_seqs, num_blocks=num_blocks)
+    runner = Runner(loaded, backend, max_num_seqs=limits.max_num_seqs, num_blocks=1)
     peak = _measure(loaded, limits, scheduler, runner)
-    cache_bytes = (num_blocks + 1) * block_bytes(loaded.layers, backend.block_size, loaded.dtype)
+    cache_bytes = 2 * block_bytes(loaded.layers, backend.block_size, loaded.dtype)
     return peak - cache_bytes + (_graph_bytes(runner) if is_captured else 0)
 
 
@@ -149,6 +149,7 @@ def _measure(loaded: LoadedModel, limits: Limits, scheduler: Scheduler | PaddedS
         scheduler.add(Sequence(i, prompt, max_tokens=1, **wishes))
     plan = scheduler.schedule()
     assert plan is not None
+    plan.new_blocks = [(row, i, 0) for row, i, _ in plan.new_blocks]  # what they read does not matter, and it fits
     torch.cuda.reset_peak_memory_stats(loaded.device)
     runner.launch(plan).wait()
     peak = torch.cuda.max_memory_allocated(loaded.device)

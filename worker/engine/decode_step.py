@@ -74,7 +74,8 @@ class DecodeStep:
         self._rows = torch.full((self._sizes[-1],), state.nobody, dtype=torch.int64, device=loaded.device)
         self._host_rows = np.full(self._sizes[-1], state.nobody, dtype=np.int64)
         self._graphs: dict[int, _Graph] = {}
-        self._pool: Any = None  # the graphs' memory, which they share
+        self._pool: Any = torch.cuda.graph_pool_handle() if is_captured else None  # memory that all graphs share
+        self._stream = torch.cuda.Stream(loaded.device) if is_captured else None  # type: ignore[no-untyped-call]
         no_rows = torch.zeros(1, dtype=torch.int32, device=loaded.device)
         self._no_prefill = (torch.zeros(0, state.max_blocks, dtype=torch.int32, device=loaded.device), no_rows, no_rows)
 
@@ -116,21 +117,27 @@ class DecodeStep:
         seconds = time.perf_counter() - started
         log.info("decode captured at %d sizes up to %d rows in %.1f s", len(self._sizes), self._sizes[-1], seconds)
 
+    @torch.inference_mode()
     def rehearse(self) -> None:
         """The largest step once, uncaptured, with rows of nobody: kernels are built, and memory is seen to suffice."""
         self._forward(self._sizes[-1], None)
 
     def _capture(self, size: int) -> _Graph:
+        """torch.cuda.graph would collect garbage around each of them, which takes longer than the rest."""
+        assert self._stream is not None
         kept = self._rows.clone()
         self._rows.fill_(self._state.nobody)
         self._forward(size, None)  # what is built or chosen at first use must not be within
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._loaded.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            decoded = self._forward(size, None)
-        self._pool = self._pool or graph.pool()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                decoded = self._forward(size, None)
+            finally:
+                graph.capture_end()
         self._rows.copy_(kept)
-        return _Graph(graph, decoded, None)
+        return _Graph(graph, Decoded(_borrowed(decoded.logits), decoded.positions, decoded.tokens), None)
 
     def _forward(self, num_rows: int, host_lens: npt.NDArray[np.int64] | None) -> Decoded:
         """`host_lens` is None for a step that asks the host nothing, and samples by itself."""
@@ -173,3 +180,10 @@ class DecodeStep:
         state = self._state
         limits = (state.temperature, state.top_p, state.top_k, state.min_p, state.seed, state.sample)
         return sample_rows(logits, rows, *limits, positions + 1)
+
+
+def _borrowed(x: Tensor) -> Tensor:
+    """The same memory without a hold on it: graphs that share a pool may write there, and are replayed one by one."""
+    storage = x.untyped_storage()
+    memory = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), x.device, storage.nbytes())
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(memory, x.storage_offset(), x.shape, x.stride())

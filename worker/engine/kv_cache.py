@@ -3,6 +3,7 @@
 Letters: T tokens, N blocks, B block size, G key/value heads, E head size.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._is_fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
         # Zeros: gathered padding is masked, but 0 * NaN from uninitialised memory would still be NaN.
         self._layers = [
             tuple(
@@ -41,8 +43,13 @@ class KVCache:
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put key and value (T, G, E) at `slots` (T,); returns the layer's caches (N, B, G, E)."""
         k_cache, v_cache = self._layers[layer]
-        k_cache.flatten(0, 1).index_copy_(0, slots, key)
-        v_cache.flatten(0, 1).index_copy_(0, slots, value)
+        if self._is_fused:
+            from worker.engine.kernels.kv_write import write_kv
+
+            write_kv(key, value, k_cache, v_cache, slots)
+        else:
+            k_cache.flatten(0, 1).index_copy_(0, slots, key)
+            v_cache.flatten(0, 1).index_copy_(0, slots, value)
         return k_cache, v_cache
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:

@@ -104,11 +104,16 @@ class Runner:
     def launch(self, plan: StepPlan) -> StepHandle:
         """Start a step. On CUDA nothing in here waits for the device."""
         layout = pack(plan)
-        arrays = self.state.arrays(plan) | self._adjustments.arrays(plan, layout.sampled_rows)
+        wishes = self._adjustments.arrays(plan, layout.sampled_rows)
+        arrays = self.state.arrays(plan)
         logprob_slots = np.flatnonzero(self.state.num_logprobs[layout.sampled_rows] >= 0)
         if len(logprob_slots):
-            arrays["logprob_slots"] = logprob_slots
-        sent = send(arrays | self._arrays(plan, layout), self.device)
+            wishes["logprob_slots"] = logprob_slots
+        if plan.is_decode_only and self.decode.is_captured and not wishes:
+            arrays |= self.decode.arrays(layout.rows)  # the graph knows the rest
+        else:
+            arrays |= wishes | self._arrays(plan, layout)
+        sent = send(arrays, self.device) if arrays else {}
         self.state.update(sent)
         if plan.copies:
             self.cache.copy_blocks(sent["copy_sources"], sent["copy_targets"])
@@ -144,10 +149,9 @@ class Runner:
 
     def _sample(self, layout: PackedLayout, sent: dict[str, Tensor], forward: Forward) -> tuple[Tensor, Scores | None]:
         """Tokens (K,), and their log-probabilities where they are asked for."""
-        tokens, sampled_rows = forward.tokens, sent["sampled_rows"]
-        is_plain = "logprob_slots" not in sent and not self._adjustments.are_in(sent)
-        if tokens is not None and is_plain:
-            return tokens, None
+        if forward.tokens is not None and "sampled_rows" not in sent:
+            return forward.tokens, None
+        sampled_rows = sent["sampled_rows"]
         logits, raw = forward.logits, None
         if "logprob_slots" in sent:
             # A copy, since adjusting may happen in place.
