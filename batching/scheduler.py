@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batching.block_manager import BlockManager, content_name
-from batching.peak_demand import peak_demand
+from batching.peak_demand import PeakDemand
 from batching.sequence import Sequence, SequenceState
 from batching.shared_prefixes import PrefixTiles, SharedPrefixes
 from batching.shared_prompt import SharedPrompt
@@ -28,10 +28,6 @@ from protocol.frames import FinishReason
 #: Tokens. Admission leaves room for this many more of every running Sequence, or for all it may still have, so that a
 #: newcomer is not preempted by the next steps of those already running.
 HEADROOM_TOKENS = 16
-#: Steps after its last token was scheduled in which a Sequence still has its blocks, at most: the step's tokens come in
-#: when the next one is launched already.
-_END_DELAY = 1
-
 #: How admission judges that there is room. "headroom": see HEADROOM_TOKENS. "peak": the blocks suffice until all have
 #: had all tokens they may have, so nothing is ever preempted. "auto": by the peak while no Sequence concerned has stop
 #: tokens, which make lengths mere limits, by headroom otherwise.
@@ -135,6 +131,7 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}  # in the order of admission
         self._preemptible = UrgencyQueue(SequenceState.RUNNING, is_reversed=True)
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
+        self._demand: PeakDemand | None = None  # of those running, while Sequences are admitted
         self._no_room: tuple[Sequence | None, int] = (None, 0)  # who had none, after how many changes of the blocks
 
     @property
@@ -182,6 +179,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, counted as launched; None when there is nothing that can run now."""
         plan = StepPlan()
+        self._demand = None
         self._schedule_decode(plan)
         budget = self.max_batch_tokens - plan.num_decode
         for seq in self._running.values():
@@ -221,8 +219,6 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         seq = self._waiting.first()
-        if seq is None or not self._free_rows or budget <= 0:
-            return
         while seq is not None and self._free_rows and budget > 0:
             # One that was preempted with a token in flight has not all of its text here yet.
             if seq.num_in_flight or self._no_room == (seq, self.blocks.num_changes):
@@ -234,6 +230,8 @@ class Scheduler:
             self._waiting.pop()
             self._start(plan, seq, prefix)
             budget -= self._schedule_prefill(plan, seq, budget)
+            if self._demand is not None:
+                self._demand.add(seq)
             seq = self._waiting.first()
 
     def _has_room(self, seq: Sequence, prefix: Prefix) -> bool:
@@ -244,23 +242,11 @@ class Scheduler:
         if self.admission == "headroom" or (self.admission == "auto" and not is_known):
             needed = sum(map(self._headroom, self._running.values()), self._headroom(seq))
             return needed - len(prefix.blocks) + num_unheld <= blocks.num_free
-        concerned = [*self._running.values(), seq]
-        # The last token is never computed.
-        ends = [other.num_prompt_tokens + max(other.max_tokens - 1, 0) for other in concerned]
-        # Those in prefill come one after the other, with what decode leaves of the budget.
-        to_prefill = [max(other.num_prefill - other.num_computed, 0) for other in self._running.values()]
-        to_prefill.append(seq.num_known - prefix.num_tokens)
-        behind = np.where(np.array(to_prefill) > 0, np.cumsum(to_prefill), 0)
-        least_budget = self.max_batch_tokens - (self.max_num_seqs - 1)
-        demand = peak_demand(
-            np.array([other.num_tokens for other in self._running.values()] + [seq.num_tokens + 1]),
-            np.array(ends),
-            np.array([len(other.block_table) for other in self._running.values()] + [len(prefix.blocks)]),
-            -(-behind // least_budget) + _END_DELAY,
-            blocks.num_blocks - blocks.num_free + num_unheld,
-            blocks.block_size,
-        )
-        return demand <= blocks.num_blocks
+        if self._demand is None:
+            least_budget = self.max_batch_tokens - (self.max_num_seqs - 1)
+            self._demand = PeakDemand(self._running.values(), blocks.block_size, least_budget)
+        num_used = blocks.num_blocks - blocks.num_free + num_unheld
+        return self._demand.fits(seq, len(prefix.blocks), prefix.num_tokens, num_used, blocks.num_blocks)
 
     def _start(self, plan: StepPlan, seq: Sequence, prefix: Prefix) -> None:
         seq.state = SequenceState.RUNNING

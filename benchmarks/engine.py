@@ -4,7 +4,7 @@
 
 Builds a model of that shape with random weights, warms up, and runs the workload some times, from the first submission
 to the last token on the host, at temperature 0.6 with no end of sequence. Prints a line per run, then one JSON object
-as the last line; its figures are those of the best run.
+as the last line; its figures are those of the best run. Of several workloads one after the other, each has its own.
 """
 
 import time
@@ -90,7 +90,7 @@ def run_workload(engine: Engine, workload: Workload, first_id: int, sampling: di
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
-    parser.add_argument("--workload", choices=WORKLOADS, default="random256")
+    parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=["random256"])
     parser.add_argument("--backend", default="auto", help="engine.attention: auto, triton, flash-attn-2 or sdpa")
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.6)
@@ -128,47 +128,50 @@ def main() -> int:
     startup = time.perf_counter() - STARTED
     print(f"start-up {startup:.1f} s, of which {built:.1f} until the model was ready", flush=True)
 
-    runs, first_id, floor = [], 1_000_000, 0.0
-    config: Any = loaded.model.config
-    num_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    for number in range(arguments.runs):
-        workload = make_workload(arguments.workload, loaded.vocab_size, number, arguments.scale)
-        floor = floor_seconds(workload, config, num_parameters)
-        run = run_workload(engine, workload, first_id, sampling)
-        first_id += 1_000_000
-        runs.append(run)
-        print(f"run {number}: {run.tokens / run.seconds:.0f} tok/s, {run}", flush=True)
-    best = min(runs, key=lambda run: run.seconds)
-    is_cuda = loaded.device.type == "cuda"
-    print(
-        json.dumps(
-            {
-                "shape": arguments.shape,
-                "workload": arguments.workload,
-                "sampling": sampling,
-                "tokens": best.tokens,
-                "seconds": round(best.seconds, 3),
-                "tok_s": round(best.tokens / best.seconds, 1),
-                "floor_tok_s": round(best.tokens / floor, 1),
-                "share_of_floor": round(floor / best.seconds, 3),
-                "runs_tok_s": [round(run.tokens / run.seconds, 1) for run in runs],
-                "steps": best.steps,
-                "prefix_hit_tokens": best.prefix_hit_tokens,
-                "preemptions": best.preemptions,
-                "telemetry": best.telemetry,
-                "startup_s": round(startup, 1),
-                "peak_memory_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if is_cuda else None,
-                "backend": engine.attention_name,
-                "max_num_seqs": engine.scheduler.max_num_seqs,
-                "max_batch_tokens": engine.scheduler.max_batch_tokens,
-                "kv_tokens": engine.scheduler.blocks.capacity,
-                "device": torch.cuda.get_device_name() if is_cuda else platform.processor() or "cpu",
-                "versions": engine.ready().versions,
-                "options": [name for name in ("no_graphs", "no_compile", "no_fuse") if getattr(arguments, name)],
-            }
-        )
-    )
+    for name in arguments.workload:
+        figures = measure(engine, name, arguments.runs, arguments.scale, sampling)
+        options = [option for option in ("no_graphs", "no_compile", "no_fuse") if getattr(arguments, option)]
+        print(json.dumps({"shape": arguments.shape, **figures, "startup_s": round(startup, 1), "options": options}))
     return 0
+
+
+def measure(engine: Engine, name: str, num_runs: int, scale: float, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The best of some runs of a workload."""
+    if name == "random256-limited":
+        sampling = {**sampling, "top_p": 0.95, "top_k": 20}
+    config: Any = engine.loaded.model.config
+    num_parameters = sum(parameter.numel() for parameter in engine.loaded.model.parameters())
+    runs, floor = [], 0.0
+    for number in range(num_runs):
+        workload = make_workload(name, engine.loaded.vocab_size, number, scale)
+        floor = floor_seconds(workload, config, num_parameters)
+        run = run_workload(engine, workload, 1_000_000 * (number + 1), sampling)
+        runs.append(run)
+        print(f"{name} {number}: {run.tokens / run.seconds:.0f} tok/s, {run}", flush=True)
+    best = min(runs, key=lambda run: run.seconds)
+    is_cuda = engine.loaded.device.type == "cuda"
+    return {
+        "workload": name,
+        "sampling": sampling,
+        "tokens": best.tokens,
+        "seconds": round(best.seconds, 3),
+        "tok_s": round(best.tokens / best.seconds, 1),
+        "floor_tok_s": round(best.tokens / floor, 1),
+        "share_of_floor": round(floor / best.seconds, 3),
+        "runs_tok_s": [round(run.tokens / run.seconds, 1) for run in runs],
+        "steps": best.steps,
+        "scheduled_tokens": best.scheduled_tokens,
+        "prefix_hit_tokens": best.prefix_hit_tokens,
+        "preemptions": best.preemptions,
+        "telemetry": best.telemetry,
+        "peak_memory_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if is_cuda else None,
+        "backend": engine.attention_name,
+        "max_num_seqs": engine.scheduler.max_num_seqs,
+        "max_batch_tokens": engine.scheduler.max_batch_tokens,
+        "kv_tokens": engine.scheduler.blocks.capacity,
+        "device": torch.cuda.get_device_name() if is_cuda else platform.processor() or "cpu",
+        "versions": engine.ready().versions,
+    }
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-WORKLOADS = ("random256", "random1024", "random256-eos", "prefix", "score")
+#: random256-limited is random256 with top_p and top_k; of random256-eos the scheduler does not know the true ends.
+WORKLOADS = ("random256", "random1024", "random256-eos", "random256-limited", "prefix", "score")
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Loop:
         before = Counter(block for seq in running if seq not in plan.admitted for block in seq.block_table)
         assert all(before[block] <= 1 for block in written)
         targets = [target for _, target in plan.copies]
-        assert set(targets) <= written.keys()
+        assert set(targets) <= set(written)
         assert len(set(targets)) == len(targets)
         assert not set(targets) & {source for source, _ in plan.copies}
 

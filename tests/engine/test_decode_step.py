@@ -43,7 +43,7 @@ def test_padded_steps_that_ask_the_host_nothing_give_the_same_text(
 
     def run(step: DecodeStep, host_lens: Any) -> Decoded:
         size = next(size for size in step._sizes if size >= len(host_lens))
-        whole = step._forward(size, None)
+        whole = step._forward(size, None, False)
         assert whole.tokens is not None
         sizes.append((len(host_lens), size))
         logits, positions, tokens = (x[: len(host_lens)] for x in (whole.logits, whole.positions, whole.tokens))
@@ -58,3 +58,49 @@ def test_padded_steps_that_ask_the_host_nothing_give_the_same_text(
 
     assert any(num < size for num, size in sizes)
     assert_equal_where_decided([outcome.outputs[i] for i in range(len(expected.prompts))], expected)
+
+
+class _Checking(_Blind):
+    """Attends as ever, and checks what it is told of shared prefixes."""
+
+    shares_prefixes = True
+
+    def __init__(self) -> None:
+        self.num_saved = {True: 0, False: 0}
+
+    def attend(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
+    ) -> Tensor:
+        if step.prefixes is not None:
+            starts = torch.zeros_like(step.prefixes.starts)
+            tiles = zip(step.prefixes.members.tolist(), step.prefixes.lens.tolist(), strict=True)
+            for row, num_tokens in tiles:
+                members = [member for member in row if member >= 0]
+                assert bool(members) == bool(num_tokens)
+                tables = step.decode_tables[members, : num_tokens // self.block_size]
+                assert (tables == tables[:1]).all()
+                assert (step.decode_lens[members] > num_tokens).all()
+                starts[members] = num_tokens
+                self.num_saved[len(step.query_lens) == 0] += max(len(members) - 1, 0) * num_tokens
+            assert starts.tolist() == step.prefixes.starts.tolist()
+            assert len(starts) == step.num_decode
+        return super().attend(query, k_cache, v_cache, step, terms)
+
+
+def test_rows_that_begin_alike_are_told_to_a_backend_that_can_share(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = _Checking()
+    monkeypatch.setattr("worker.engine.engine.choose_backend", lambda *_: backend)
+    monkeypatch.setattr("batching.shared_prefixes._MIN_SAVED_TOKENS", 16)
+    prefixes = [[7 * i % 500 for i in range(first, first + 40)] for first in (1, 50)]
+    prompts = [prefixes[i % 2] + [i, 2 * i, 3 * i] for i in range(8)] + [[5, 6, 7]]
+    sequences = [new_sequence(i, prompt, 20) for i, prompt in enumerate(prompts)]
+    engine = Engine.start(settings_for(model_folder("llama"), lookahead=1))
+
+    run = drive(engine, sequences)
+
+    assert backend.num_saved[True] > 0
+    assert backend.num_saved[False] > 0
+    alone = Engine.start(settings_for(model_folder("llama"), prefix_reuse=False, lookahead=1))
+    assert run.outputs == drive(alone, sequences).outputs

@@ -130,7 +130,7 @@ def test_waste_is_told_with_each_step_and_in_the_log(
     engine = Engine.start(settings_for(model_folder("llama"), layout=layout))
     num_scheduled = num_padding = 0
     for i in range(60):
-        engine.add(new_sequence(i, [3] * (100 + 10 * (i % 9)), 60))
+        engine.add(new_sequence(i, [3 + i] * (100 + 10 * (i % 9)), 60))
     while engine.has_work:
         frame = engine.step()
         assert frame is not None

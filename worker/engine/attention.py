@@ -70,6 +70,8 @@ class AttentionBackend(Protocol):
     block_size: int
     #: Decode asks the host for nothing, so that it can be captured in a CUDA graph.
     is_capturable: bool
+    #: Decode reads once what several rows begin with, given the step's `prefixes`.
+    shares_prefixes: bool
 
     def attend(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: "AttentionStep", terms: AttentionTerms

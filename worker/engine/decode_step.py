@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from batching.shared_prefixes import MAX_MEMBERS, PrefixTiles
 from worker.engine import attention
 from worker.engine.attention import AttentionBackend, AttentionStep
 from worker.engine.kernels.prefix_groups import PrefixGroups
@@ -27,6 +28,8 @@ from worker.engine.row_state import RowState
 
 log = logging.getLogger("millrace.engine")
 
+#: Fewer rows share too little.
+_LEAST_SHARING = 32
 #: Rows between one captured size and the next, from so many rows on. Padding costs about as much as it adds rows.
 _STRIDES = ((0, 2), (8, 8), (128, 16), (256, 32), (512, 64))
 
@@ -43,7 +46,6 @@ class Decoded:
 class _Graph:
     graph: torch.cuda.CUDAGraph
     decoded: Decoded
-    prefixes: PrefixGroups | None
 
 
 def graph_sizes(num_rows: int) -> list[int]:
@@ -53,6 +55,15 @@ def graph_sizes(num_rows: int) -> list[int]:
         size += next(stride for start, stride in reversed(_STRIDES) if size >= start)
         sizes.append(size)
     return sizes
+
+
+def sharing_sizes(sizes: list[int]) -> list[int]:
+    """Those of `sizes` that are captured with shared prefixes too: fewer, since each costs time at the start."""
+    chosen: list[int] = []
+    for size in sizes:
+        if size >= _LEAST_SHARING and (not chosen or 3 * size >= 4 * chosen[-1]):
+            chosen.append(size)
+    return sorted({*chosen, sizes[-1]})
 
 
 class DecodeStep:
@@ -71,37 +82,53 @@ class DecodeStep:
         self._state = state
         self.is_captured = is_captured
         self._sizes = graph_sizes(state.nobody)
-        self._rows = torch.full((self._sizes[-1],), state.nobody, dtype=torch.int64, device=loaded.device)
-        self._host_rows = np.full(self._sizes[-1], state.nobody, dtype=np.int64)
-        self._graphs: dict[int, _Graph] = {}
+        self._sharing_sizes = sharing_sizes(self._sizes) if backend.shares_prefixes else []
+        most, device = self._sizes[-1], loaded.device
+        self._rows = torch.full((most,), state.nobody, dtype=torch.int64, device=device)
+        self._host_rows = np.full(most, state.nobody, dtype=np.int64)
+        self._prefixes = PrefixGroups(
+            torch.full((max(most // 2, 1), MAX_MEMBERS), -1, dtype=torch.int32, device=device),
+            torch.zeros(max(most // 2, 1), dtype=torch.int32, device=device),
+            torch.zeros(most, dtype=torch.int32, device=device),
+        )
+        self._is_sharing = False
+        self._last_tiles: PrefixTiles | None = None
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if is_captured else None  # memory that all graphs share
         self._stream = torch.cuda.Stream(loaded.device) if is_captured else None  # type: ignore[no-untyped-call]
         no_rows = torch.zeros(1, dtype=torch.int32, device=loaded.device)
         self._no_prefill = (torch.zeros(0, state.max_blocks, dtype=torch.int32, device=loaded.device), no_rows, no_rows)
 
-    def arrays(self, rows: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.int64]]:
-        """What the device does not know yet of the rows (D,) of the next step."""
-        num = len(rows)
+    def arrays(self, rows: npt.NDArray[np.int64], tiles: PrefixTiles | None) -> dict[str, npt.NDArray[np.int64]]:
+        """What the device does not know yet of the rows (D,) of the next step, and of what they share."""
+        arrays, num = {}, len(rows)
         is_end = num == len(self._host_rows) or self._host_rows[num] == self._state.nobody
-        if is_end and np.array_equal(self._host_rows[:num], rows):
-            return {}
-        self._host_rows[:num] = rows
-        self._host_rows[num:] = self._state.nobody
-        return {"decode_rows": self._host_rows}
+        if not is_end or not np.array_equal(self._host_rows[:num], rows):
+            self._host_rows[:num] = rows
+            self._host_rows[num:] = self._state.nobody
+            arrays["decode_rows"] = self._host_rows
+        self._is_sharing = tiles is not None
+        if tiles is not None and not _are_equal(tiles, self._last_tiles):
+            self._last_tiles = tiles
+            arrays |= prefix_arrays(tiles, len(self._host_rows))
+        return arrays
 
     def update(self, sent: dict[str, Tensor]) -> None:
         if "decode_rows" in sent:
             self._rows.copy_(sent["decode_rows"])
+        if "prefix_lens" in sent:
+            self._prefixes.members.view(-1).copy_(sent["prefix_members"])
+            self._prefixes.lens.copy_(sent["prefix_lens"])
+            self._prefixes.starts.copy_(sent["prefix_starts"])
 
     def run(self, host_lens: npt.NDArray[np.int64]) -> Decoded:
         """The step of the rows last given to `arrays`; `host_lens` (D,) are tokens to attend to."""
-        num_rows = len(host_lens)
+        num_rows, is_sharing = len(host_lens), self._is_sharing
         if not self.is_captured:
-            return self._forward(num_rows, host_lens)
-        size = self._sizes[bisect_left(self._sizes, num_rows)]
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
-        found = self._graphs[size]
+            return self._forward(num_rows, host_lens, is_sharing)
+        sizes = self._sharing_sizes if is_sharing else self._sizes
+        size = sizes[bisect_left(sizes, num_rows)]
+        found = self._graphs[size, is_sharing]
         found.graph.replay()
         whole = found.decoded
         assert whole.tokens is not None
@@ -112,34 +139,32 @@ class DecodeStep:
     def capture(self) -> None:
         """All sizes, the largest first, so that the others find room in its memory. Leaves no trace in any row."""
         started = time.perf_counter()
-        for size in reversed(self._sizes):
-            self._graphs[size] = self._capture(size)
+        for is_sharing, sizes in ((False, self._sizes), (True, self._sharing_sizes)):
+            for size in reversed(sizes):
+                self._graphs[size, is_sharing] = self._capture(size, is_sharing)
         seconds = time.perf_counter() - started
-        log.info("decode captured at %d sizes up to %d rows in %.1f s", len(self._sizes), self._sizes[-1], seconds)
+        log.info("decode captured in %d graphs up to %d rows in %.1f s", len(self._graphs), self._sizes[-1], seconds)
 
     @torch.inference_mode()
     def rehearse(self) -> None:
         """The largest step once, uncaptured, with rows of nobody: kernels are built, and memory is seen to suffice."""
-        self._forward(self._sizes[-1], None)
+        self._forward(self._sizes[-1], None, bool(self._sharing_sizes))
 
-    def _capture(self, size: int) -> _Graph:
+    def _capture(self, size: int, is_sharing: bool) -> _Graph:
         """torch.cuda.graph would collect garbage around each of them, which takes longer than the rest."""
         assert self._stream is not None
-        kept = self._rows.clone()
-        self._rows.fill_(self._state.nobody)
-        self._forward(size, None)  # what is built or chosen at first use must not be within
+        self._forward(size, None, is_sharing)  # what is built or chosen at first use must not be within
         torch.cuda.synchronize(self._loaded.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                decoded = self._forward(size, None)
+                decoded = self._forward(size, None, is_sharing)
             finally:
                 graph.capture_end()
-        self._rows.copy_(kept)
-        return _Graph(graph, Decoded(_borrowed(decoded.logits), decoded.positions, decoded.tokens), None)
+        return _Graph(graph, Decoded(_borrowed(decoded.logits), decoded.positions, decoded.tokens))
 
-    def _forward(self, num_rows: int, host_lens: npt.NDArray[np.int64] | None) -> Decoded:
+    def _forward(self, num_rows: int, host_lens: npt.NDArray[np.int64] | None, is_sharing: bool) -> Decoded:
         """`host_lens` is None for a step that asks the host nothing, and samples by itself."""
         state, block_size = self._state, self._backend.block_size
         rows = self._rows[:num_rows]  # (D,)
@@ -148,6 +173,8 @@ class DecodeStep:
         blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
         prefill_tables, cu_query_lens, cu_kv_lens = self._no_prefill
         none = np.empty(0, dtype=np.int64)
+        shared, num_tiles = self._prefixes, max(num_rows // 2, 1)
+        prefixes = PrefixGroups(shared.members[:num_tiles], shared.lens[:num_tiles], shared.starts[:num_rows])
         step = AttentionStep(
             cache=self._cache,
             backend=self._backend,
@@ -161,6 +188,7 @@ class DecodeStep:
             decode_kv_lens=host_lens,
             query_lens=none,
             kv_lens=none,
+            prefixes=prefixes if is_sharing else None,
         )
         with attention.running(step):
             logits = self._loaded.model(
@@ -180,6 +208,24 @@ class DecodeStep:
         state = self._state
         limits = (state.temperature, state.top_p, state.top_k, state.min_p, state.seed, state.sample)
         return sample_rows(logits, rows, *limits, positions + 1)
+
+
+def prefix_arrays(tiles: PrefixTiles, num_rows: int) -> dict[str, npt.NDArray[np.int64]]:
+    """For the device, with room for whatever `num_rows` rows may share: a tile has two of them at least."""
+    members = np.full((max(num_rows // 2, 1), MAX_MEMBERS), -1, dtype=np.int64)
+    lens = np.zeros(len(members), dtype=np.int64)
+    starts = np.zeros(num_rows, dtype=np.int64)
+    members[: len(tiles.members)] = tiles.members
+    lens[: len(tiles.lens)] = tiles.lens
+    starts[: len(tiles.starts)] = tiles.starts
+    return {"prefix_members": members.reshape(-1), "prefix_lens": lens, "prefix_starts": starts}
+
+
+def _are_equal(one: PrefixTiles, other: PrefixTiles | None) -> bool:
+    return other is not None and all(
+        np.array_equal(a, b)
+        for a, b in ((one.members, other.members), (one.lens, other.lens), (one.starts, other.starts))
+    )
 
 
 def _borrowed(x: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from batching.layout import PackedLayout, pack
 from batching.scheduler import StepPlan
+from batching.shared_prefixes import MAX_MEMBERS, PrefixTiles
 from worker.engine import attention
 from worker.engine.adjustments import Adjustments
 from worker.engine.attention import AttentionBackend, AttentionStep
 from worker.engine.compiling import uncompiled
-from worker.engine.decode_step import DecodeStep
+from worker.engine.decode_step import DecodeStep, prefix_arrays
+from worker.engine.kernels.prefix_groups import PrefixGroups
 from worker.engine.kv_cache import KVCache
 from worker.engine.loader import LoadedModel
 from worker.engine.row_state import Array, RowState
@@ -110,7 +112,7 @@ class Runner:
         if len(logprob_slots):
             wishes["logprob_slots"] = logprob_slots
         if plan.is_decode_only and self.decode.is_captured and not wishes:
-            arrays |= self.decode.arrays(layout.rows)  # the graph knows the rest
+            arrays |= self.decode.arrays(layout.rows, self._shared(plan))  # the graph knows the rest
         else:
             arrays |= wishes | self._arrays(plan, layout)
         sent = send(arrays, self.device) if arrays else {}
@@ -185,8 +187,13 @@ class Runner:
         if plan.copies:
             arrays["copy_sources"], arrays["copy_targets"] = np.array(plan.copies, dtype=np.int64).T.copy()
         if plan.is_decode_only:
-            arrays |= self.decode.arrays(layout.rows)
+            arrays |= self.decode.arrays(layout.rows, self._shared(plan))
+        elif (tiles := self._shared(plan)) is not None:
+            arrays |= prefix_arrays(tiles, num_decode)
         return arrays | self._draw_arrays(layout)
+
+    def _shared(self, plan: StepPlan) -> PrefixTiles | None:
+        return plan.prefixes if plan.prefixes is not None and self.backend.shares_prefixes else None
 
     def _draw_arrays(self, layout: PackedLayout) -> dict[str, Array]:
         """For tokens that are drawn outside a graph."""
@@ -207,6 +214,10 @@ class Runner:
         places = token_rows * state.max_blocks + positions // block_size
         slots = state.block_table.view(-1)[places].long() * block_size + positions % block_size
         tables = state.block_table[rows]  # (S, M)
+        prefixes = None
+        if "prefix_lens" in sent:
+            members = sent["prefix_members"].int().view(-1, MAX_MEMBERS)
+            prefixes = PrefixGroups(members, sent["prefix_lens"].int(), sent["prefix_starts"].int())
         return AttentionStep(
             cache=self.cache,
             backend=self.backend,
@@ -220,6 +231,7 @@ class Runner:
             decode_kv_lens=layout.kv_lens[:num_decode],
             query_lens=layout.query_lens[num_decode:],
             kv_lens=layout.kv_lens[num_decode:],
+            prefixes=prefixes,
         )
 
     def _gather_draws(self, sent: dict[str, Tensor], sampled_rows: Tensor, positions: Tensor) -> Draws:

@@ -14,6 +14,7 @@ class FlashAttentionBackend:
     #: The paged kernels of flash-attn 2 take multiples of this alone.
     block_size = 256
     is_capturable = True
+    shares_prefixes = False
 
     def attend(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms

@@ -21,6 +21,7 @@ class SDPABackend:
     name = "sdpa"
     block_size = 16
     is_capturable = False  # it gathers by lengths that it knows
+    shares_prefixes = False
 
     def attend(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms

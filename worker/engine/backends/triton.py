@@ -29,6 +29,7 @@ class Prefill(Protocol):
 
 class TritonBackend:
     is_capturable = True
+    shares_prefixes = True
 
     def __init__(self, prefill: Prefill) -> None:
         self._prefill = prefill

@@ -35,9 +35,19 @@ def sample_rows(
     best_noises = torch.empty_like(best_logits)
     best_ids = torch.empty(num_rows, num_pieces, dtype=torch.int32, device=logits.device)
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    is_fast = torch.version.cuda is not None and not triton.knobs.runtime.interpret
     state = (rows, temperature, top_p, top_k, min_p, seed, sample, positions)
     _race_pieces[(num_rows, num_pieces)](
-        logits, *state, best_logits, best_noises, best_ids, logits.stride(0), vocab_size, num_pieces, PIECE=_PIECE
+        logits,
+        *state,
+        best_logits,
+        best_noises,
+        best_ids,
+        logits.stride(0),
+        vocab_size,
+        num_pieces,
+        PIECE=_PIECE,
+        FAST=is_fast,
     )
     _finish_race[(num_rows,)](
         *state[:5], best_logits, best_noises, best_ids, tokens, num_pieces, PIECES=triton.next_power_of_2(num_pieces)
@@ -50,6 +60,7 @@ def sample_rows(
         vocab_size,
         PIECE=_LIMITED_PIECE,
         BITS=16 if logits.dtype == torch.bfloat16 else 32,
+        FAST=is_fast,
         num_warps=8,
     )
     return tokens
@@ -70,12 +81,23 @@ def _mix32(x):
 
 
 @triton.jit
+def _log(x, FAST: tl.constexpr):
+    """FAST is within 2e-7 in 2 instructions, not in 16; an interpreter does not know it."""
+    if FAST:
+        log2 = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return log2 * 0.6931471805599453
+    return tl.log(x)
+
+
+@triton.jit
 def _key(seed, sample, position):
     return _mix64(seed + _mix64(sample * -7046029254386353131 + _mix64(position)))
 
 
 @triton.jit
-def _noise(key, ids):
+def _noise(key, ids, FAST: tl.constexpr):
     """-log of the exponential variates of `ids`; see sampler.exponential."""
     low = key.to(tl.int32)
     high = (key >> 32).to(tl.int32)
@@ -89,8 +111,8 @@ def _noise(key, ids):
     series = 1.0 / 4 + u * (1.0 / 5 + u * series)
     series = 1.0 / 2 + u * (1.0 / 3 + u * series)
     series = u * (1.0 + u * series)
-    variate = tl.where(uniform < 0.125, series, -tl.log(1.0 - uniform))
-    return -tl.log(variate)
+    variate = tl.where(uniform < 0.125, series, -_log(1.0 - uniform, FAST))
+    return -_log(variate, FAST)
 
 
 @triton.jit
@@ -117,6 +139,7 @@ def _race_pieces(
     vocab_size,
     num_pieces,
     PIECE: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     i, piece = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + i)
@@ -128,9 +151,10 @@ def _race_pieces(
     noise = tl.zeros((PIECE,), tl.float32)
     scores = values
     if heat > 0.0:
+        coolness = 1.0 / tl.maximum(heat, 1e-5)
         key = _key(tl.load(seed + row), tl.load(sample + row), tl.load(positions + i))
-        noise = _noise(key, ids)
-        scores = (values - tl.max(values, axis=0)) / tl.maximum(heat, 1e-5) + noise
+        noise = _noise(key, ids, FAST)
+        scores = (values - tl.max(values, axis=0)) * coolness + noise
         scores = tl.where(ids < vocab_size, scores, -float("inf"))
     best = tl.argmax(scores, axis=0)
     is_best = tl.arange(0, PIECE) == best
@@ -196,6 +220,7 @@ def _race_limited(
     vocab_size: tl.constexpr,
     PIECE: tl.constexpr,
     BITS: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     i = tl.program_id(0)
     row = tl.load(rows + i)
@@ -309,7 +334,7 @@ def _race_limited(
         place = num_seen + tl.cumsum(is_equal, axis=0) - is_equal
         kept = here & ((order > least) | ((is_equal > 0) & (place < num_equal)))
         num_seen += tl.sum(is_equal, axis=0)
-        race = tl.where(kept, score + _noise(key, ids), -float("inf"))
+        race = tl.where(kept, score + _noise(key, ids, FAST), -float("inf"))
         piece_best = tl.max(race, axis=0)
         if piece_best > best_score:
             best_score = piece_best
