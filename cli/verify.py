@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 @click.command("verify", short_help="Prove that a finished Job is complete.")
 @click.argument("job")
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def command(job: str, file: Path | None, as_json: bool) -> None:
+def command(job: str, files: tuple[Path, ...], as_json: bool) -> None:
     """Read all Results of a finished Job again and compare them with the counts and the digest it was closed with.
 
-    With FILE, a JSONL file of `millrace results`, also that it holds every Result, once and unaltered. The exit code is
-    1 when anything is missing or differs.
+    With FILE, a JSONL file of `millrace results` in its flat format, also that it holds every Result, once and
+    unaltered; where errors are in a file of their own, both files together. The exit code is 1 when anything is missing
+    or differs.
 
     \b
     Example:
@@ -27,7 +28,7 @@ def command(job: str, file: Path | None, as_json: bool) -> None:
     import msgspec
 
     from producer.client import Client
-    from producer.file_check import check_file
+    from producer.file_check import check_files
     from protocol.errors import ConfigurationError
 
     with Client() as client:
@@ -35,7 +36,7 @@ def command(job: str, file: Path | None, as_json: bool) -> None:
         if found.state != "finished":
             raise ConfigurationError(f"the Job {found.id} is {found.state}: only a finished one can be verified")
         verification = client.verify(found)
-        checked = None if file is None else check_file(file, client.results(found, wait=False))
+        checked = check_files(files, client.results(found, wait=False)) if files else None
     holds = verification.holds and (checked is None or checked.holds)
     if as_json:
         report: dict[str, Any] = {"job": found.id, "holds": holds, **msgspec.to_builtins(verification)}
@@ -43,7 +44,10 @@ def command(job: str, file: Path | None, as_json: bool) -> None:
             report["file"] = msgspec.to_builtins(checked)
         click.echo(msgspec.json.encode(report))
     else:
-        for line in [*_ledger_lines(verification), *([] if checked is None else _file_lines(str(file), checked))]:
+        for line in [
+            *_ledger_lines(verification),
+            *([] if checked is None else _file_lines(", ".join(map(str, files)), checked)),
+        ]:
             click.echo(line)
     if not holds:
         raise click.exceptions.Exit(1)

@@ -1,11 +1,13 @@
-"""Whether a file of Results says what the ledger says: every Result once, none altered, nothing besides."""
+"""Whether files of Results say what the ledger says: every Result once, none altered, nothing besides."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
+from producer.compression import DAMAGES, decompressed
+from producer.file_format import format_of
 from producer.result_line import encode_result
 from protocol.errors import ConfigurationError
 from protocol.requests import Result
@@ -36,8 +38,9 @@ class _Key(msgspec.Struct):
 _decode_key = msgspec.json.Decoder(_Key).decode
 
 
-def check_file(path: Path, results: Iterable[Result]) -> FileCheck:
-    """Compare a JSONL file as `millrace results` writes it, in any order, with these Results.
+def check_files(paths: Iterable[Path], results: Iterable[Result]) -> FileCheck:
+    """Compare JSONL files as `millrace results` writes them, in any order, in gzip or zstd or not, with these Results,
+    which the files have together: answers and errors may be apart.
 
     Raises ConfigurationError for a file that cannot be read or is not one.
     """
@@ -46,22 +49,15 @@ def check_file(path: Path, results: Iterable[Result]) -> FileCheck:
     altered: set[int] = set()
     surplus: list[int] = []
     num_rows = num_altered = 0
-    try:
-        with path.open("rb") as file:
-            for row in file:
-                found = _decode_key(row)
-                num_rows += 1
-                key = (found.line, found.sample)
-                if key in seen or key not in expected:
-                    surplus.append(found.line)
-                elif expected[key] != _hash(row):
-                    num_altered += 1
-                    altered.add(found.line)
-                seen.add(key)
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
-    except msgspec.DecodeError as error:
-        raise ConfigurationError(f"row {num_rows + 1} of {path} is no Result as JSONL: {error}") from error
+    for found, row in (each for path in paths for each in _rows(path)):
+        num_rows += 1
+        key = (found.line, found.sample)
+        if key in seen or key not in expected:
+            surplus.append(found.line)
+        elif expected[key] != _hash(row):
+            num_altered += 1
+            altered.add(found.line)
+        seen.add(key)
     missing = [line for line, sample in expected if (line, sample) not in seen]
     return FileCheck(
         num_rows=num_rows,
@@ -70,6 +66,26 @@ def check_file(path: Path, results: Iterable[Result]) -> FileCheck:
         num_surplus=len(surplus),
         lines=sorted({*missing, *altered, *surplus})[:_MAX_NAMED],
     )
+
+
+def _rows(path: Path) -> Iterator[tuple[_Key, bytes]]:
+    file_format = format_of(path.name)
+    if file_format.kind != "jsonl":
+        raise ConfigurationError(
+            f"cannot verify {path}: {file_format.kind} is not compared, write the Results as JSONL"
+        )
+    num_rows = 0
+    try:
+        with path.open("rb") as file:
+            for row in decompressed(file, file_format.compression):
+                num_rows += 1
+                yield _decode_key(row), row
+    except DAMAGES as error:
+        raise ConfigurationError(f"{path} is damaged behind row {num_rows}, as {file_format.compression} is") from error
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(f"row {num_rows} of {path} is no Result in the flat format: {error}") from error
 
 
 def _hash(row: bytes) -> bytes:

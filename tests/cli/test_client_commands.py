@@ -388,6 +388,13 @@ def test_verify_proves_a_finished_job_and_its_file_and_names_what_is_wrong_with_
     assert lines[:2] == ["lines    3", "results  3, of them 1 errors and 0 known already"]
     assert lines[3:] == ["complete: as the job was closed", "results.jsonl: all 3 results, each once and unaltered"]
 
+    here("results", job, "-o", "answers.jsonl.gz", "--errors", "errors.jsonl.zst", "--order", "finished")
+    apart = here("verify", job, "answers.jsonl.gz", "errors.jsonl.zst")
+    assert apart.stdout.splitlines()[4] == (
+        "answers.jsonl.gz, errors.jsonl.zst: all 3 results, each once and unaltered"
+    )
+    assert here("verify", job, "answers.jsonl.gz").exit_code == 1
+
     first, second, third = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text(second.replace("invalid_json", "other") + first + first)
     wrong = here("verify", job, "other.jsonl", "--json")
