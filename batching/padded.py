@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from batching.fair_share import FairShare
 from batching.scheduler import Outcome, StepPlan, apply_tokens, check_fits
 from batching.sequence import Sequence, SequenceState
 from batching.urgency_order import UrgencyOrder
@@ -67,6 +68,7 @@ class PaddedScheduler:
         self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
         self.max_model_len = max_model_len
         self._num_arrivals = 0
+        self._fair_share = FairShare()
         self._alive: dict[int, Sequence] = {}
         self._waiting = UrgencyOrder()
         self._rectangle: list[Sequence] = []
@@ -91,6 +93,7 @@ class PaddedScheduler:
         check_fits(seq, self.max_model_len, self.blocks.capacity)
         self._num_arrivals += 1
         seq.arrival = self._num_arrivals
+        self._fair_share.join(seq)
         self._alive[seq.seq_id] = seq
         self._waiting.add(seq)
 
@@ -133,6 +136,7 @@ class PaddedScheduler:
         self._width, self._column = max(seq.num_prompt_tokens for seq in chosen), 0
         for row, seq in enumerate(chosen):
             self._waiting.remove(seq)
+            self._fair_share.admit(seq)
             seq.state, seq.row, seq.num_prefill = SequenceState.RUNNING, row, seq.num_prompt_tokens
         self._reserve(chosen)
         plan.is_new = True
@@ -176,6 +180,7 @@ class PaddedScheduler:
         if seq.state is SequenceState.WAITING:
             self._waiting.remove(seq)
         seq.state = SequenceState.FINISHED
+        self._fair_share.leave(seq)
         del self._alive[seq.seq_id]
         if not self.num_running:
             self._rectangle = []

@@ -2,8 +2,9 @@
 grow with the number waiting.
 
 The most urgent waiting Sequence is admitted next, and nothing is admitted past it; the least urgent running one is
-preempted when blocks run out, and keeps its place. So the most urgent Sequence of all always gets on, and each waits
-for the more urgent ones alone: for earlier ones among equals, but without end while more urgent ones keep arriving.
+preempted when blocks run out, or when one of a more urgent class has no room, and keeps its place. So the most urgent
+Sequence of all always gets on, and each waits for the more urgent ones alone: for earlier ones among equals, but
+without end while more urgent ones keep arriving.
 
 It may be asked for step t+1 before the tokens of step t are known. Lengths are known in advance, so nothing is
 scheduled past max_tokens; a stop token is seen one step late and what was sampled behind it is dropped.
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from batching.block_manager import BlockManager, content_name
+from batching.fair_share import FairShare
 from batching.peak_demand import PeakDemand
 from batching.sequence import Sequence, SequenceState
 from batching.shared_prefixes import PrefixTiles, SharedPrefixes
@@ -126,6 +128,7 @@ class Scheduler:
         self.prefixes = SharedPrefixes(self.max_num_seqs, blocks.block_size, blocks.num_holders)
         self.num_preemptions = 0
         self._num_arrivals = 0
+        self._fair_share = FairShare()
         self._alive: dict[int, Sequence] = {}
         self._waiting = UrgencyQueue(SequenceState.WAITING)  # but for those who wait for a shared prompt
         self._running: dict[int, Sequence] = {}  # in the order of admission
@@ -156,6 +159,7 @@ class Scheduler:
         check_fits(seq, self.max_model_len, self.blocks.capacity)
         self._num_arrivals += 1
         seq.arrival = self._num_arrivals
+        self._fair_share.join(seq)
         self._alive[seq.seq_id] = seq
         if sample_of is not None and seq.num_reusable > 0:
             shared = sample_of.shared_prompt
@@ -179,11 +183,13 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, counted as launched; None when there is nothing that can run now."""
         plan = StepPlan()
+        self._yield_to_urgent(plan)
         self._demand = None
         self._schedule_decode(plan)
         budget = self.max_batch_tokens - plan.num_decode
-        for seq in self._running.values():
-            if seq.num_computed < seq.num_prefill and budget > 0:
+        # Sorting is stable: equally urgent ones stay in the order of their admission.
+        for seq in sorted(filter(_is_in_prefill, self._running.values()), key=_priority):
+            if budget > 0:
                 budget -= self._schedule_prefill(plan, seq, budget)
         self._admit(plan, budget)
         self._note_prompts(plan)
@@ -192,6 +198,33 @@ class Scheduler:
     def process(self, plan: StepPlan, tokens: npt.NDArray[np.int64]) -> Outcome:
         """Apply a step's sampled tokens, one per entry of `plan.sampled`."""
         return apply_tokens(plan, tokens, self._finish)
+
+    def _yield_to_urgent(self, plan: StepPlan) -> None:
+        """Admit those of a more urgent class than some that run; these give way where there is no room beside them."""
+        while (seq := self._waiting.first()) is not None and not seq.num_in_flight:
+            least = self._preemptible.first()
+            if least is None or least.priority <= seq.priority:
+                return
+            num_before, num_beside = self._num_taken(seq.priority)
+            if num_before >= self.max_batch_tokens:
+                return
+            prefix, self._demand = self._find_prefix(seq), None
+            has_token = num_before + num_beside < self.max_batch_tokens
+            if has_token and self._free_rows and self._has_room(seq, prefix):
+                self._waiting.pop()
+                self._start(plan, seq, prefix)
+            else:
+                self._preempt()
+
+    def _num_taken(self, priority: int) -> tuple[int, int]:
+        """Tokens of this step for those at least as urgent, and for the less urgent ones that decode."""
+        num_before = num_beside = 0
+        for seq in self._running.values():
+            if seq.priority > priority:
+                num_beside += not _is_in_prefill(seq)
+            else:
+                num_before += max(seq.num_prefill - seq.num_computed, 1)
+        return num_before, num_beside
 
     def _schedule_decode(self, plan: StepPlan) -> None:
         ready = [s for s in self._running.values() if s.num_computed >= s.num_prefill and not s.is_fully_scheduled]
@@ -250,6 +283,7 @@ class Scheduler:
 
     def _start(self, plan: StepPlan, seq: Sequence, prefix: Prefix) -> None:
         seq.state = SequenceState.RUNNING
+        self._fair_share.admit(seq)
         self._running[seq.seq_id] = seq
         self._preemptible.push(seq)
         seq.row = self._free_rows.pop()
@@ -341,6 +375,7 @@ class Scheduler:
             del self._running[seq.seq_id]
             self._release(seq)
         seq.state = SequenceState.FINISHED
+        self._fair_share.leave(seq)
         del self._alive[seq.seq_id]
         if seq.shared_prompt is not None and (leader := seq.shared_prompt.leave(seq)) is not None:
             self._waiting.push(leader)
@@ -353,6 +388,14 @@ class Scheduler:
         seq.row = -1
         if seq.shared_prompt is not None:
             seq.shared_prompt.release(seq)
+
+
+def _is_in_prefill(seq: Sequence) -> bool:
+    return seq.num_computed < seq.num_prefill
+
+
+def _priority(seq: Sequence) -> int:
+    return seq.priority
 
 
 def check_fits(seq: Sequence, max_model_len: int, capacity: int) -> None:

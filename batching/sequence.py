@@ -29,6 +29,8 @@ class Sequence:
         "block_names",
         "block_table",
         "deadline",
+        "fair_start",
+        "job",
         "logprobs",
         "max_tokens",
         "min_p",
@@ -50,6 +52,7 @@ class Sequence:
         "state",
         "stop_token_ids",
         "temperature",
+        "tenant",
         "terms",
         "top_k",
         "top_p",
@@ -74,6 +77,8 @@ class Sequence:
         logprobs: int | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        tenant: str = "",
+        job: str = "",
     ) -> None:
         self.seq_id = seq_id
         self.prompt_ids = prompt_ids
@@ -91,6 +96,8 @@ class Sequence:
         self.logprobs = logprobs
         self.priority = priority  # lower is more urgent
         self.deadline = deadline  # seconds since the epoch; earlier is more urgent, None least
+        self.tenant, self.job = tenant, job  # who share what there is
+        self.fair_start = 0.0  # see batching.fair_share
 
         self.state = SequenceState.WAITING
         self.output_ids: list[int] = []
@@ -109,9 +116,9 @@ class Sequence:
         self.row = -1  # index of the per-row state on the device while running
 
     @property
-    def urgency(self) -> tuple[int, float, int]:
-        """Smaller is more urgent: priority, then deadline, then arrival."""
-        return self.priority, math.inf if self.deadline is None else self.deadline, self.arrival
+    def urgency(self) -> tuple[int, float, float, int]:
+        """Smaller is more urgent: priority, then deadline, then whose turn it is, then arrival."""
+        return self.priority, math.inf if self.deadline is None else self.deadline, self.fair_start, self.arrival
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -13,7 +13,7 @@ from batching.sequence import Sequence
 #: Entries at which a piece is halved: few enough to be shifted in about a microsecond.
 _MAX_PIECE = 1024
 
-_Key = tuple[int, float, int]
+_Key = tuple[int, float, float, int]
 
 
 class UrgencyOrder:

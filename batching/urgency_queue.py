@@ -18,7 +18,7 @@ class UrgencyQueue:
     def __init__(self, state: SequenceState, *, is_reversed: bool = False) -> None:
         self._state = state
         self._sign = -1 if is_reversed else 1
-        self._heap: list[tuple[float, float, int, Sequence]] = []
+        self._heap: list[tuple[float, float, float, int, Sequence]] = []
         self._sweep_at = _MIN_SWEEP
 
     def __len__(self) -> int:
@@ -27,8 +27,9 @@ class UrgencyQueue:
 
     def push(self, seq: Sequence) -> None:
         """The caller pushes no Sequence that is in the queue; its arrival number is its own, so keys never tie."""
-        priority, deadline, arrival = seq.urgency
-        heapq.heappush(self._heap, (self._sign * priority, self._sign * deadline, self._sign * arrival, seq))
+        priority, deadline, start, arrival = seq.urgency
+        sign = self._sign
+        heapq.heappush(self._heap, (sign * priority, sign * deadline, sign * start, sign * arrival, seq))
         if len(self._heap) >= self._sweep_at:
             self._heap = [entry for entry in self._heap if entry[-1].state is self._state]
             heapq.heapify(self._heap)

@@ -6,6 +6,7 @@ those of like length that fit beside it.
 
 from dataclasses import dataclass, field
 
+from batching.fair_share import FairShare
 from batching.sequence import Sequence, SequenceState
 from batching.urgency_order import UrgencyOrder
 from protocol.errors import InvalidRequest
@@ -29,6 +30,7 @@ class WholeScheduler:
         self.max_model_len = max_model_len
         self.is_padded = is_padded
         self._num_arrivals = 0
+        self._fair_share = FairShare()
         self._waiting = UrgencyOrder()
         self._alive: dict[int, Sequence] = {}
 
@@ -55,6 +57,7 @@ class WholeScheduler:
                 )
         self._num_arrivals += 1
         seq.arrival = self._num_arrivals
+        self._fair_share.join(seq)
         self._alive[seq.seq_id] = seq
         self._waiting.add(seq)
 
@@ -86,6 +89,7 @@ class WholeScheduler:
             plan.num_padding_tokens = width * len(plan.sequences) - plan.num_scheduled_tokens
         for seq in plan.sequences:
             self._waiting.remove(seq)
+            self._fair_share.admit(seq)
             seq.state = SequenceState.RUNNING
         return plan
 
@@ -96,4 +100,5 @@ class WholeScheduler:
 
     def _end(self, seq: Sequence) -> None:
         seq.state = SequenceState.FINISHED
+        self._fair_share.leave(seq)
         del self._alive[seq.seq_id]

@@ -37,7 +37,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     `terms` is None for logits that stay as they are; `logprobs` is None when no log-probabilities are wanted.
     `sample_of` is the seq_id of one sent before in the same Intake: the prompt is that one's, `token_ids` is empty, and
     the prompt is computed once for all its samples. Lower `priority` is more urgent, then an earlier `deadline` (in
-    seconds since the epoch), then who came first.
+    seconds since the epoch), then whose turn it is among tenants and their Jobs, then who came first.
     """
 
     seq_id: int
@@ -57,6 +57,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     sample_of: int | None = None
     priority: int = 0
     deadline: float | None = None
+    tenant: str = ""
+    job: str = ""
 
 
 class Intake(msgspec.Struct, frozen=True, array_like=True, tag="intake"):

@@ -111,6 +111,8 @@ class Generation(msgspec.Struct, eq=False):
             num_top=params.prompt_logprobs or 0,
             deadline=time.time() - time.monotonic() + min(deadlines) if deadlines else None,
             priority=min(piece.owner.priority for piece in self.waiters),
+            tenant=self.waiters[0].owner.tenant,
+            job=self.waiters[0].owner.job_id,
         )
 
 

@@ -43,6 +43,7 @@ class OpenCall:
 
     #: It is computed also while nobody can know whether it is known already.
     needs_ledger = False
+    job_id = ""
 
     def __init__(
         self,

@@ -48,6 +48,10 @@ class OpenChunk:
         return self.lease.tenant
 
     @property
+    def job_id(self) -> str:
+        return self.lease.job_id
+
+    @property
     def priority(self) -> int:
         return self.lease.priority
 

@@ -13,6 +13,10 @@ class Owner(Protocol):
         """Whose answers may be shared with it."""
 
     @property
+    def job_id(self) -> str:
+        """Whose share of its tenant's it is computed from: the Job's, or "" for all callers who wait for a reply."""
+
+    @property
     def priority(self) -> int:
         """Of its Sequences, as in NewSequence: lower is more urgent."""
 

@@ -27,6 +27,8 @@ class Arrival:
     priority: int = 0
     deadline: float | None = None
     score_from: int | None = None
+    tenant: str = ""
+    job: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Loop:
                 priority=arrival.priority,
                 deadline=arrival.deadline,
                 score_from=arrival.score_from,
+                tenant=arrival.tenant,
+                job=arrival.job,
             )
             self.scheduler.add(seq, sample_of=self.alive[seq_id] if sample else None)
             self.alive[seq.seq_id] = seq

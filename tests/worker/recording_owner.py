@@ -8,6 +8,7 @@ from protocol.requests import Result
 @dataclass(eq=False)
 class RecordingOwner:
     tenant: str = "default"
+    job_id: str = "job"
     priority: int = 0
     needs_ledger: bool = True
     seconds: float = 0.0

@@ -139,6 +139,8 @@ class Engine:
             logprobs=new.logprobs,
             priority=new.priority,
             deadline=new.deadline,
+            tenant=new.tenant,
+            job=new.job,
         )
         try:
             self._check_vocabulary(sequence)
