@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo bench-queue test check format docs clean
+.PHONY: help setup demo bench-queue chaos test check format docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## Answer examples/prompts.jsonl with the bundled model, on whatever this machine has
 	$(BIN)/millrace run examples/prompts.jsonl -o out/results.jsonl
+
+chaos: $(STAMP)  ## Kill workers, engines and servers at random while a Job runs, and check every line (ROUNDS=1 SEED=0)
+	$(BIN)/python -m benchmarks.chaos --rounds $(or $(ROUNDS),1) --seed $(or $(SEED),0)
 
 bench-queue: $(STAMP)  ## Prompts per second through the queue, against plain Celery
 	$(BIN)/python -m benchmarks.bench_queue

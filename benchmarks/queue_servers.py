@@ -18,10 +18,10 @@ _START_S = 30.0
 @contextlib.contextmanager
 def postgres(folder: Path) -> Iterator[str]:
     """The URL of an empty database in a new cluster. Raises FileNotFoundError where PostgreSQL is not installed."""
-    binaries = _postgres_binaries()
+    binaries = postgres_binaries()
     user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
     folder.mkdir(parents=True)
-    password, port = secrets.token_hex(8), _free_port()
+    password, port = secrets.token_hex(8), free_port()
     (folder / "password").write_text(password)
     if user is not None:
         for path in (folder, folder / "password"):
@@ -42,7 +42,7 @@ def postgres(folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def _postgres_binaries() -> Path:
+def postgres_binaries() -> Path:
     found = shutil.which("initdb")
     if found and shutil.which("postgres"):
         return Path(found).parent
@@ -67,7 +67,7 @@ def _wait_until_it_answers(url: str, server: "subprocess.Popen[bytes]") -> None:
         time.sleep(0.05)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -20,6 +20,7 @@ from protocol.priority import PRIORITIES
 from protocol.requests import Answer, Failure
 from protocol.settings import Settings
 from storage.answers import AnswerCache
+from storage.flights import Flights
 from storage.landing_channel import LandingChannel
 from storage.leases import Lease, claim_next, release, renew, still_leased
 from storage.ledger import Ledger
@@ -57,11 +58,12 @@ class ChunkService:
         on_fatal: Callable[[str], None],
         engine_module: str = ENGINE_MODULE,
     ) -> None:
-        self._settings = settings
+        self.settings = settings
         self._ledger = Ledger(settings.database_url)
         self._cache = AnswerCache.connect(settings.broker_url, settings.answers_ttl_seconds, settings.answers_max_bytes)
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._on_credit = on_credit
+        self._flights = Flights.connect(settings.broker_url, self.owner, settings.lease_seconds)
         self._committer = Committer(
             self._ledger,
             self._cache,
@@ -74,6 +76,7 @@ class ChunkService:
             settings,
             self._ledger,
             self._cache,
+            self._flights,
             model_folder,
             on_room=self._room_changed,
             on_fatal=on_fatal,
@@ -98,6 +101,7 @@ class ChunkService:
         """Blocks until the engines are ready. Raises ConfigurationError, EngineDied or DatabaseUnavailable."""
         self._ledger.check_schema()
         self.inference.start()
+        self._flights.beat()
         self._committer.start()
         for thread in self._threads:
             thread.start()
@@ -131,6 +135,7 @@ class ChunkService:
             "stopped in %.1f s; of %d chunks %d were finished and %d given back",
             time.monotonic() - started, num_open, num_open - len(held), len(held),
         )  # fmt: skip
+        self._flights.close()
         self._ledger.close()
 
     def hurry(self) -> None:
@@ -138,7 +143,7 @@ class ChunkService:
         self._is_hurried.set()
 
     def _drain(self, is_needed: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + self._settings.drain_seconds
+        deadline = time.monotonic() + self.settings.drain_seconds
         while (self._open or is_needed()) and time.monotonic() < deadline and not self._is_hurried.is_set():
             self._is_stopping.wait(_DRAIN_LOOK_S)
 
@@ -221,7 +226,7 @@ class ChunkService:
     def _claim_next(self, ranks: Collection[int], min_age_s: float = 0.0) -> Lease | None:
         with self._open_lock:
             held = list(self._open)
-        model, lease_s = self._settings.served_model, self._settings.lease_seconds
+        model, lease_s = self.settings.served_model, self.settings.lease_seconds
         return claim_next(self._ledger, model, self.owner, lease_s, ranks=ranks, min_age_s=min_age_s, held=held)
 
     def _work(self, lease: Lease, ticket: Ticket | None) -> None:
@@ -287,14 +292,22 @@ class ChunkService:
                 del self._open[chunk.lease.chunk_id]
 
     def _renew(self) -> None:
-        while not self._is_stopping.wait(self._settings.lease_seconds / 3):
-            self._drop_lost(lambda held: renew(self._ledger, self.owner, held, self._settings.lease_seconds))
+        while not self._is_stopping.wait(self.settings.lease_seconds / 3):
+            self._flights.beat()
+            self._drop_lost(lambda held: renew(self._ledger, self.owner, held, self.settings.lease_seconds))
 
     def _watch(self) -> None:
         """A cancelled Job's Sequences, and those whose deadline has passed, leave the engine within a moment."""
         while not self._is_stopping.wait(_WATCH_INTERVAL_S):
             self.inference.expire()
+            self._look_after_followers()
             self._drop_lost(lambda held: still_leased(self._ledger, self.owner, held))
+
+    def _look_after_followers(self) -> None:
+        try:
+            self.inference.look_after_followers()
+        except DatabaseUnavailable as error:
+            logger.warning("answers of other workers cannot be found, trying again: %s", error)
 
     def _drop_lost(self, ask: Callable[[dict[int, int]], set[int]]) -> None:
         with self._open_lock:

@@ -144,6 +144,8 @@ class Generations:
         self._stop_token_ids = stop_token_ids
         self._send = send
         self._on_done = on_done
+        #: Told of keys that are not computed any more.
+        self.on_given_up: Callable[[list[bytes]], None] = lambda keys: None
         self._lock = threading.RLock()
         self._live: dict[int, Generation] = {}
         self._by_key: dict[bytes, Generation] = {}
@@ -380,6 +382,8 @@ class Generations:
         for generation in generations:
             self._remove(generation)
         self._end_in_engines([(generation, 0) for generation in generations])
+        if keys := [generation.key for generation in generations if generation.key is not None]:
+            self.on_given_up(keys)
 
     def _end_in_engines(self, ended: list[tuple[Generation, int]]) -> None:
         """Each with the number of output tokens to keep."""

@@ -13,6 +13,7 @@ from protocol.requests import Failure, Request
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings
 from storage.answers import AnswerCache
+from storage.flights import Flights
 from storage.ledger import Ledger
 from worker.defaults import read_model_defaults
 from worker.engine_group import EngineGroup
@@ -28,6 +29,8 @@ ENGINE_MODULE = "worker.engine.process"
 #: Without a setting the intake holds what fills the KV cache this many times, and always this many full batches.
 _INTAKE_KV_CACHES = 2
 _INTAKE_BATCHES = 2
+#: Answers that other workers compute and this one waits for at most: they cost it no engine that would slow it.
+_MAX_FOLLOWERS = 4096
 
 
 class Inference:
@@ -38,6 +41,7 @@ class Inference:
         settings: Settings,
         ledger: Ledger,
         cache: AnswerCache,
+        flights: Flights,
         model_folder: Path,
         *,
         on_room: Callable[[], None],
@@ -45,7 +49,7 @@ class Inference:
         engine_module: str = ENGINE_MODULE,
     ) -> None:
         self._settings = settings
-        self._ledger, self._cache = ledger, cache
+        self._ledger, self._cache, self._flights = ledger, cache, flights
         self._model_folder = model_folder
         self._on_room = on_room
         self._engines = EngineGroup(
@@ -69,6 +73,7 @@ class Inference:
             tokenizer = Tokenizer(self._model_folder)
             defaults = read_model_defaults(self._model_folder, tokenizer.eos_token_id)
             self._generations = Generations(tokenizer, defaults.stop_token_ids, self._engines.send, self._settle)
+            self._generations.on_given_up = self._flights.release
             ready = self._engines.start()
             self.engine, self.num_engines = ready[0], len(ready)
             self._generations.num_engines = len(ready)
@@ -85,6 +90,7 @@ class Inference:
             engine=self.engine,
             context_tokens=min(min(engine.max_model_len, engine.kv_tokens) for engine in ready),
             generations=self._generations,
+            flights=self._flights,
         )
         self._intake_tokens = self._settings.intake_tokens or _INTAKE_KV_CACHES * sum(
             engine.kv_tokens for engine in ready
@@ -100,6 +106,8 @@ class Inference:
         What is less urgent does not count: it gives way.
         """
         full_batches = _INTAKE_BATCHES * self.engine.max_num_seqs * self.num_engines
+        if self._preparation.followers.num_waiting > _MAX_FOLLOWERS:
+            return False
         num_live, num_tokens = self._generations.promised(rank)
         return num_live < full_batches or num_tokens < self._intake_tokens
 
@@ -120,7 +128,8 @@ class Inference:
 
     def expire(self) -> None:
         """End what waits for longer than it may; to be called now and then."""
-        late = self._generations.expire(time.monotonic())
+        now = time.monotonic()
+        late = [*self._generations.expire(now), *self._preparation.followers.expire(now)]
         for piece in late:
             piece.owner.settle(too_late(piece))
         if late:
@@ -128,7 +137,13 @@ class Inference:
 
     def committed(self, keys: Iterable[bytes]) -> None:
         """These answers can be found in the database from now on."""
+        keys = list(keys)
         self._generations.committed(keys)
+        self._flights.release(keys)
+
+    def look_after_followers(self) -> None:
+        """See to what other workers compute for this one too; to be called now and then. Raises DatabaseUnavailable."""
+        self._preparation.followers.look()
 
     def info(self) -> dict[str, object]:
         """Facts for `inspect stats`."""
@@ -146,6 +161,7 @@ class Inference:
             "max_num_seqs": ready.max_num_seqs,
             "versions": ready.versions,
             "running": self._generations.num_live,
+            "followers": self._preparation.followers.num_waiting,
             "computed_tokens": self._generations.num_computed_tokens,
             "prefix_hit_tokens": self._generations.num_prefix_hit_tokens,
             "preemptions": self._generations.num_preemptions,
@@ -153,6 +169,14 @@ class Inference:
 
     def _settle(self, done: list[Done]) -> None:
         """What a step has finished: a Result for everyone who waits for it."""
+        # Of these there will be no answer for others.
+        self._flights.release(
+            [
+                g.key
+                for g, outcome in done
+                if g.key is not None and (isinstance(outcome, Failure) or not g.is_kept(outcome))
+            ]
+        )
         for generation, outcome in done:
             for i, piece in enumerate(generation.waiters):
                 if isinstance(outcome, Failure):

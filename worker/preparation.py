@@ -12,8 +12,10 @@ from protocol.frames import EngineReady
 from protocol.requests import Answer, Failure, Kind, Request, Result, answer_key
 from protocol.sampling import TRUNCATE_LEFT, ResolvedParams, SamplingParams
 from storage.answers import AnswerCache, find_answers
+from storage.flights import Flights
 from storage.ledger import Ledger
 from worker.defaults import ModelDefaults
+from worker.followers import Followers
 from worker.generations import Generations, Piece
 from worker.owner import Owner
 from worker.pooled import check_kind, samples_of
@@ -43,6 +45,7 @@ class Preparation:
         engine: EngineReady,
         context_tokens: int,
         generations: Generations,
+        flights: Flights,
     ) -> None:
         self._ledger = ledger
         self._cache = cache
@@ -52,6 +55,8 @@ class Preparation:
         self._context_tokens = context_tokens
         self._generations = generations
         self._no_ledger_until = 0.0
+        self._flights = flights
+        self.followers = Followers(ledger, cache, flights, settle=_settle_known, start=self._start)
 
     def run(
         self,
@@ -128,14 +133,26 @@ class Preparation:
             elif isinstance(joined, Answer):
                 _settle_known(piece, joined)
         answers = self._cache.get_many(list(lookups))
+        missing = [key for key in lookups if key not in answers]
         needs_ledger = any(piece.owner.needs_ledger for piece in pieces)
-        answers |= self._find([key for key in lookups if key not in answers], needs_ledger)
+        # Claimed before the database is asked: what another worker lets go of is there by then. Whoever waits for a reply
+        # does not wait for another worker's turn.
+        held = self._flights.claim(missing) if needs_ledger else set()
+        try:
+            found = self._find(missing, needs_ledger)
+        except BaseException:
+            self._flights.release([key for key in missing if key not in held])
+            raise
+        self._flights.release([key for key in found if key not in held])
+        answers |= found
         for key, twins in lookups.items():
-            if (answer := answers.get(key)) is None:
-                unknown.extend(twins)
-            else:
+            if (answer := answers.get(key)) is not None:
                 for piece in twins:
                     _settle_known(piece, answer)
+            elif key in held:
+                self.followers.add(key, twins)
+            else:
+                unknown.extend(twins)
         return unknown
 
     def _find(self, keys: list[bytes], needs_ledger: bool) -> dict[bytes, Answer]:

@@ -154,3 +154,32 @@ def test_the_one_that_kills_engines_becomes_a_dead_letter_that_can_be_replayed(
     assert client.verify(job).holds
     with pytest.raises(DeadLetterNotFound):
         client.dead_letter(job, 2)
+
+
+def test_two_workers_compute_equal_requests_once_and_cancelling_one_job_leaves_the_other(
+    system: tuple[ChunkService, Client, Ledger], next_engine: Callable[[str], None]
+) -> None:
+    service, client, ledger = system
+    lines = [{"prompt": f"both {i}"} for i in range(12)]
+    params = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True}
+    with running_service(service.settings) as other:
+        first, second = (submit(client, name, lines, **params) for name in ("first", "second"))
+        hand_over(service, ledger, first)
+        wait_until(lambda: running(service) == 12)
+        hand_over(other, ledger, second)
+
+        statuses = [client.wait(first), client.wait(second)]
+
+        assert [status.num_ok for status in statuses] == [12, 12]
+        assert [status.num_cached for status in statuses] == [0, 12]
+        assert other.info()["computed_tokens"] == 0
+
+        third, fourth = (submit(client, name, lines, **params | {"max_tokens": 400}) for name in ("third", "fourth"))
+        hand_over(service, ledger, third)
+        wait_until(lambda: running(service) == 12)
+        hand_over(other, ledger, fourth)
+        wait_until(lambda: other.info()["followers"] == 12)
+        assert running(other) == 0
+        client.cancel(third)
+        assert client.wait(fourth).num_ok == 12
+        assert client.status(third).num_ok < 12
