@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, bindparam, select, tuple_, update
 
+from protocol.faults import fault_point
 from protocol.requests import Answer, Endpoint, Failure, Result
 from protocol.sampling import ResolvedParams
 from storage import digest
@@ -206,6 +207,7 @@ def _commit(connection: Connection, commits: Sequence[ChunkCommit], answers: Map
     if finished:
         connection.execute(_FINISH, finished)
     insert_answers(connection, {**answers, **{key: answer for each in commits for key, answer in each.answers.items()}})
+    fault_point("within commit")
     return lost
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from protocol.errors import DatabaseUnavailable
+from protocol.faults import fault_point
 from protocol.priority import PRIORITIES
 from protocol.requests import Answer, Failure
 from protocol.settings import Settings
@@ -227,9 +228,13 @@ class ChunkService:
         with self._open_lock:
             held = list(self._open)
         model, lease_s = self.settings.served_model, self.settings.lease_seconds
-        return claim_next(self._ledger, model, self.owner, lease_s, ranks=ranks, min_age_s=min_age_s, held=held)
+        lease = claim_next(self._ledger, model, self.owner, lease_s, ranks=ranks, min_age_s=min_age_s, held=held)
+        if lease is not None:
+            fault_point("claimed")
+        return lease
 
     def _work(self, lease: Lease, ticket: Ticket | None) -> None:
+        fault_point("accepted")
         chunk = OpenChunk(lease, ticket, self._committer)
         with self._open_lock:
             earlier = self._open.get(lease.chunk_id)
@@ -240,6 +245,7 @@ class ChunkService:
             self._open[lease.chunk_id] = chunk
         try:
             self.inference.run(chunk, lease.requests, lease.job_params, lease.done)
+            fault_point("prepared")
         except DatabaseUnavailable as error:
             logger.warning("chunk %d is given up until its lease expires: %s", lease.chunk_id, error)
             self._drop(chunk)
@@ -277,6 +283,7 @@ class ChunkService:
             lease.chunk_id, lease.job_id, chunk.outcome(), chunk.num_cached, chunk.seconds,
         )  # fmt: skip
         chunk.complete()
+        fault_point("reported")
 
     def _drop(self, *chunks: OpenChunk) -> None:
         for chunk in chunks:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from protocol.errors import DatabaseUnavailable
+from protocol.faults import fault_point
 from protocol.requests import Answer, Result
 from storage.answers import AnswerCache
 from storage.jobs import close_job_if_done
@@ -137,7 +138,9 @@ class Committer:
             commits.append(
                 ChunkCommit(lease=chunk.lease, results=results, is_finished=chunk.num_owed == 0, answers=new)
             )
+        fault_point("before commit")
         lost = self._write(commits, called)
+        fault_point("committed")
         # The hot copy is filled before the keys stop being joinable: no moment in which an answer is nowhere.
         self._cache.put_many(answers)
         self._on_committed(answers)
@@ -145,6 +148,7 @@ class Committer:
         finished = [chunk for chunk in by_chunk if chunk.num_owed == 0 and chunk.lease.chunk_id not in lost]
         for job_id in {chunk.lease.job_id for chunk in finished}:
             self._retry(partial(close_job_if_done, self._ledger, job_id))
+        fault_point("job closed")
         for chunk in finished:
             self._on_finished(chunk)
         for chunk in by_chunk:

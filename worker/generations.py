@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 import numpy as np
 
+from protocol.faults import fault_point
 from protocol.frames import Intake, LogitTerms, NewSequence, StepFrame
 from protocol.logprobs import pack_logprobs
 from protocol.packing import pack_ints
@@ -262,6 +263,7 @@ class Generations:
         done: list[Done] = []
         cut: list[tuple[Generation, int]] = []
         logprobs = dict(frame.logprobs)
+        fault_point("tokens")
         with self._lock:
             for part in frame.scores:
                 scored = self._live.get(part.seq_id)

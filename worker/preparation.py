@@ -135,8 +135,8 @@ class Preparation:
         answers = self._cache.get_many(list(lookups))
         missing = [key for key in lookups if key not in answers]
         needs_ledger = any(piece.owner.needs_ledger for piece in pieces)
-        # Claimed before the database is asked: what another worker lets go of is there by then. Whoever waits for a reply
-        # does not wait for another worker's turn.
+        # Claimed before the database is asked: what another worker lets go of is there by then. Whoever waits for a
+        # reply does not wait for another worker's turn.
         held = self._flights.claim(missing) if needs_ledger else set()
         try:
             found = self._find(missing, needs_ledger)
