@@ -215,25 +215,25 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     obstacles = {"triton": triton_obstacle(device), "flash-attn-2": flash_attention_obstacle(device, dtype)}
     if obstacle := obstacles.get(name):
         raise ConfigurationError(f"engine.attention={name!r} cannot run here: {obstacle}; use auto or sdpa")
-    has_flash = obstacles["flash-attn-2"] is None
     if name == "auto" and device.type == "cuda":
-        for missing in filter(None, obstacles.values()):
-            log.warning("attention falls back to sdpa for what another backend does much faster: %s", missing)
-    prefill: Any = None
-    if has_flash and name != "sdpa":
+        for obstacle in filter(None, obstacles.values()):
+            log.warning("a faster attention backend cannot run: %s", obstacle)
+    if name != "sdpa" and obstacles["flash-attn-2"] is None:
         from worker.engine.backends.flash_attention import FlashAttentionBackend
 
-        prefill = FlashAttentionBackend()
-    else:
-        from worker.engine.backends.sdpa import SDPABackend
+        flash = FlashAttentionBackend()
+        if name == "flash-attn-2" or obstacles["triton"] is not None:
+            return flash
+        from worker.engine.backends.triton import TritonBackend
 
-        prefill = SDPABackend()
-    if name in ("sdpa", "flash-attn-2") or obstacles["triton"] is not None:
-        backend: AttentionBackend = prefill
-        return backend
-    from worker.engine.backends.triton import TritonBackend
+        return TritonBackend(flash)
+    if name != "sdpa" and obstacles["triton"] is None:
+        from worker.engine.backends.triton import TritonBackend, TritonPrefill
 
-    return TritonBackend(prefill)
+        return TritonBackend(TritonPrefill())
+    from worker.engine.backends.sdpa import SDPABackend
+
+    return SDPABackend()
 
 
 def triton_obstacle(device: torch.device) -> str | None:

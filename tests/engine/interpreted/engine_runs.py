@@ -1,9 +1,11 @@
 """A whole engine on the Triton backend. Run by tests/engine/test_kernels.py, where kernels are interpreted."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from batching import shared_prefixes
 from tests.engine.reference import (
     assert_equal_where_decided,
     build_model,
@@ -14,8 +16,7 @@ from tests.engine.reference import (
     settings_for,
 )
 from worker.engine import engine as engine_module
-from worker.engine.backends.sdpa import SDPABackend
-from worker.engine.backends.triton import TritonBackend
+from worker.engine.backends.triton import TritonBackend, TritonPrefill
 from worker.engine.engine import Engine
 
 
@@ -28,11 +29,23 @@ def test_text_of_the_triton_backend_equals_transformers(
     ends = random_prompts(4, seed=6, max_len=30)
     prompts = [*(stem[:130] + end for end in ends), *random_prompts(3, seed=7, max_len=90)]
     expected = make_reference(tmp_path, prompts, num_tokens=5)
-    monkeypatch.setattr(engine_module, "choose_backend", lambda *arguments: TritonBackend(SDPABackend()))
+    monkeypatch.setattr(engine_module, "choose_backend", lambda *arguments: TritonBackend(TritonPrefill()))
+    monkeypatch.setattr(shared_prefixes, "_MIN_SAVED_TOKENS", 1)
+    monkeypatch.setattr(shared_prefixes, "_MIN_SAVED_SHARE", 0)
+    num_grouped: list[int] = []
+    own_attend = TritonBackend.attend
+
+    def attend(self: Any, query: Any, k_cache: Any, v_cache: Any, step: Any, terms: Any) -> Any:
+        if step.prefixes is not None:
+            num_grouped.append(int((step.prefixes.starts > 0).sum()))
+        return own_attend(self, query, k_cache, v_cache, step, terms)
+
+    monkeypatch.setattr(TritonBackend, "attend", attend)
     engine = Engine.start(settings_for(tmp_path, lookahead=1))
 
     run = drive(engine, [new_sequence(i, prompt, 5) for i, prompt in enumerate(prompts)], wave=7)
 
-    assert engine.attention_name == "triton, prefill by sdpa"
+    assert engine.attention_name == "triton"
     assert run.num_prefix_hit_tokens == 3 * 128
+    assert max(num_grouped) == 4
     assert_equal_where_decided([run.outputs[i] for i in range(len(prompts))], expected)

@@ -11,6 +11,7 @@ from torch import Tensor
 from worker.engine.attention import AttentionStep, AttentionTerms
 from worker.engine.kernels.decode_variant import choose_variant
 from worker.engine.kernels.paged_decode import DecodePlan, decode, plan_decode
+from worker.engine.kernels.paged_prefill import prefill
 from worker.engine.kernels.prefix_groups import PrefixGroups
 
 #: Queries of one key/value head that attend to a shared prefix in one tile: what a tensor core's largest tile takes.
@@ -27,15 +28,29 @@ class Prefill(Protocol):
         """query (P, H, E) of the step's prefill pieces alone, result (P, H, E)."""
 
 
+class TritonPrefill:
+    """Prefill by a kernel of our own, where no faster one is installed."""
+
+    name = "triton"
+    #: Small ones share more, and a tile of the kernels lies in one.
+    block_size = 64
+
+    def attend_prefill(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
+    ) -> Tensor:
+        lens = step.cu_query_lens, step.cu_kv_lens, step.query_lens
+        options: dict[str, Any] = {"scale": terms.scale, "window": terms.window, "softcap": terms.softcap}
+        return prefill(query, k_cache, v_cache, step.prefill_tables, *lens, **options)
+
+
 class TritonBackend:
     is_capturable = True
     shares_prefixes = True
 
     def __init__(self, prefill: Prefill) -> None:
         self._prefill = prefill
-        self.name = f"triton, prefill by {prefill.name}"
-        # Smaller blocks share more, but the other kernel may take large ones alone.
-        self.block_size = max(prefill.block_size, 64)
+        self.name = "triton" if prefill.name == "triton" else f"triton, prefill by {prefill.name}"
+        self.block_size = prefill.block_size
 
     def attend(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms

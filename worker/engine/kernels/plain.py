@@ -37,6 +37,31 @@ def plain_decode(
     return torch.stack(outputs), torch.stack(log_sums)
 
 
+def plain_prefill(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    query_lens: list[int],
+    kv_lens: list[int],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """query (P, H, E), the last tokens of each piece, after each other -> (P, H, E). One token after the other."""
+    outputs, first = [], 0
+    for table, num_query, num_kv in zip(tables, query_lens, kv_lens, strict=True):
+        for i in range(num_query):
+            length = torch.tensor([num_kv - num_query + i + 1])
+            row = query[first + i : first + i + 1]
+            outputs.append(
+                plain_decode(row, k_cache, v_cache, table[None], length, scale=scale, window=window, softcap=softcap)[0]
+            )
+        first += num_query
+    return torch.cat(outputs)
+
+
 def plain_write_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """As `write_kv`."""
     kept = slots >= 0

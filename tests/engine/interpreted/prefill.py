@@ -1,0 +1,52 @@
+"""Paged prefill against its twin in float64. Run by tests/engine/test_kernels.py, where kernels are interpreted."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from worker.engine.kernels import paged_prefill
+from worker.engine.kernels.plain import plain_prefill
+
+#: A prompt, a piece behind what is computed already, one token, one more than a tile of queries, one of one block.
+QUERY_LENS, KV_LENS = [20, 7, 1, 17, 16], [20, 50, 1, 40, 16]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"), [(4, 2, 32, 16), (3, 1, 24, 64), (7, 7, 16, 32)]
+)
+@pytest.mark.parametrize("terms", [{}, {"window": 9}, {"softcap": 1.5}], ids=["plain", "window", "softcap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_prefill_equals_its_twin(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    terms: dict[str, Any],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(paged_prefill, "_QUERIES", 16)
+    monkeypatch.setattr(paged_prefill, "_KEYS", 16)
+    torch.manual_seed(0)
+    num_per_piece = -(-max(KV_LENS) // block_size)
+    num_blocks = num_per_piece * len(KV_LENS) + 1
+    tables = torch.randperm(num_blocks)[:-1].view(len(KV_LENS), num_per_piece).int()
+    caches = torch.randn(2, num_blocks, block_size, kv_heads, head_dim, dtype=dtype)
+    for table, num in zip(tables.long(), KV_LENS, strict=True):  # what lies behind a text is not a number
+        places = torch.stack((table.repeat_interleave(block_size), torch.arange(len(table) * block_size) % block_size))
+        caches[:, places[0, num:], places[1, num:]] = torch.nan
+    query = torch.randn(sum(QUERY_LENS), 2 * heads, head_dim, dtype=dtype)[:, :heads]
+    k_cache, v_cache = caches
+    expected = plain_prefill(
+        query.double(), k_cache.double(), v_cache.double(), tables, QUERY_LENS, KV_LENS, scale=0.2, **terms
+    )
+
+    cu_query_lens, cu_kv_lens = (
+        torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32) for lens in (QUERY_LENS, KV_LENS)
+    )
+    lens = np.array(QUERY_LENS)
+    found = paged_prefill.prefill(query, k_cache, v_cache, tables, cu_query_lens, cu_kv_lens, lens, scale=0.2, **terms)
+
+    assert (found.double() - expected).abs().max() < {torch.float32: 2e-6, torch.float16: 2e-3}[dtype]
