@@ -1,5 +1,7 @@
 """Files as they come: every format and compression, and everything that is wrong with files."""
 
+import contextlib
+import csv
 import gzip
 import io
 import json
@@ -13,10 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from producer.client import Client
 from producer.columns import Columns
-from producer.file_format import FileFormat, format_of
+from producer.file_format import FORMATS, FileFormat, format_of
 from producer.lines import LineReader
 from producer.parquet_rows import ParquetRows
 from producer.raw_lines import MAX_LINE_BYTES
@@ -37,8 +41,6 @@ def jsonl_bytes() -> bytes:
 
 
 def csv_bytes() -> bytes:
-    import csv
-
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["number", "id", "prompt", "temperature"])
@@ -314,3 +316,24 @@ def test_damage_within_is_told_from_a_break(tmp_path: Path) -> None:
 
     with pytest.raises(DamagedInput, match=r"a\.csv\.gz is damaged after line 2"):
         read(path)
+
+
+@given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=2, max_size=2)))
+def test_any_rows_come_back_from_csv(rows: list[list[str]]) -> None:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["prompt", "id"], *rows])
+
+    items = read(io.BytesIO(text.getvalue().encode()), Reading(FileFormat("csv"), Columns(id="id")))
+
+    # An id may be too long or blank; prompts are as they were.
+    assert [item.prompt for item in items if isinstance(item, Request)] == [prompt for prompt, _ in rows]
+
+
+@given(st.binary(max_size=200), st.sampled_from(FORMATS))
+def test_any_bytes_are_lines_or_one_clear_error(content: bytes, name: str) -> None:
+    file_format = format_of(name)
+    head = b"prompt\n" if file_format == FileFormat("csv") else b""
+    may_be_damaged = file_format.compression is not None or file_format.kind == "parquet"
+    with contextlib.suppress(*[ConfigurationError, DamagedInput] * may_be_damaged):
+        items = read(io.BytesIO(head + content), Reading(file_format))
+        assert all(isinstance(item, Request) or item.failure is not None for item in items)
