@@ -4,12 +4,13 @@ However many wait, there are two threads, one transaction and one message for al
 at the ledger for all that is open. A lone prompt goes at once.
 """
 
+import contextlib
 import logging
 import queue
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 
 import msgspec
@@ -145,8 +146,12 @@ class Asks:
         with self._lock:
             self._open[chunk_id] = _OpenJob(job_id, waiting)
         self._wakeups.add(job_id, self._wakeup)
-        self._doorbell.ring(chunk_id, model, ASKED_PRIORITY)
         self._wakeup.ring(set())  # whoever delivers may have been waiting for nothing in particular
+        try:
+            self._doorbell.ring(chunk_id, model, ASKED_PRIORITY)
+        except MillraceError as error:
+            for ask in asks:
+                _fail(ask.future, error)
 
     def _deliver(self) -> None:
         is_away = False
@@ -191,13 +196,15 @@ class Asks:
 
 
 def _settle(future: "Future[Result]", result: Result) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_result(result)
+    with contextlib.suppress(InvalidStateError):  # failed already
+        if not future.cancelled():
+            future.set_result(result)
 
 
 def _fail(future: "Future[Result]", error: Exception) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
+    with contextlib.suppress(InvalidStateError):
+        if not future.cancelled():
+            future.set_exception(error)
 
 
 def _cancel(futures: "Iterable[Future[Result]]") -> None:

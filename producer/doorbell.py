@@ -6,8 +6,10 @@ import time
 from kombu.exceptions import OperationalError
 
 from protocol.celery_app import CHUNK_TASK, chunk_queue, make_app
+from protocol.errors import ConfigurationError
 from protocol.priority import Priority
 from protocol.settings import Settings
+from storage.optional_redis import translated
 
 logger = logging.getLogger("millrace.producer")
 
@@ -24,11 +26,16 @@ class Doorbell:
         self._app = make_app(settings)
         timeouts = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
         self._app.conf.broker_transport_options |= timeouts
+        self._broker_url = settings.broker_url
         self._resting_until = 0.0
-        self._is_told = False
+        self._is_told = self._is_proven = False
 
     def ring(self, chunk_id: int, model: str, priority: Priority) -> None:
-        """Publish the Chunk's message."""
+        """Publish the Chunk's message.
+
+        Raises ConfigurationError when Redis refuses the login and never took it so far: settings that have worked are
+        not wrong.
+        """
         if time.monotonic() < self._resting_until:
             return
         try:
@@ -41,14 +48,18 @@ class Doorbell:
                 retry=True,
                 retry_policy={"max_retries": 1, "interval_start": 0.1},
             )
+            self._is_proven = True
         except OperationalError as error:
+            trouble = translated(error, self._broker_url)
+            if isinstance(trouble, ConfigurationError) and not self._is_proven:
+                raise trouble from error
             self._resting_until = time.monotonic() + _REST_S
             if not self._is_told:
                 self._is_told = True
                 logger.warning(
-                    "the broker does not answer (%s): the Job goes into the ledger all the same, and workers that have "
-                    "nothing else to do find it there",
-                    error,
+                    "%s; meanwhile the Job goes into the ledger all the same, and workers that have nothing else to do "
+                    "find it there",
+                    trouble,
                 )
 
     def close(self) -> None:

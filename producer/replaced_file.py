@@ -1,6 +1,7 @@
 """ReplacedFile: a file that appears whole at the end or, after an error, not at all."""
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -60,7 +61,8 @@ class ReplacedFile:
 
     def trouble(self, error: OSError) -> ConfigurationError:
         """The error to raise for one that came from writing."""
-        return ConfigurationError(f"cannot write the results to {self._path}: {error.strerror or error}")
+        way_out = ": make room there or name another file; all Results are kept" if error.errno == errno.ENOSPC else ""
+        return ConfigurationError(f"cannot write the results to {self._path}: {error.strerror or error}{way_out}")
 
     def _discard(self) -> None:
         assert self._file is not None

@@ -35,6 +35,8 @@ _POSTGRES_MISCONFIGURED = re.compile(
     r"authentication failed for user|no password supplied|no pg_hba\.conf entry for|"
     r'role ".*" (does not exist|is not permitted to log in)|database ".*" does not exist'
 )
+#: disk_full, and what an extension of a file fails with.
+_POSTGRES_FULL = {"53100", "58030"}
 #: read_only_sql_transaction: the server has become a standby, and so have all sessions with it.
 _READ_ONLY = "25006"
 
@@ -138,6 +140,11 @@ class Ledger:
             code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
             if code in _SQLITE_MISCONFIGURED and not is_proven:
                 return ConfigurationError(f"the database {self._file} cannot be used: {reason}")
+            if code == sqlite3.SQLITE_FULL:
+                return DatabaseUnavailable(
+                    f"the database {self._file} takes no more ({reason}): free some space on its disk; what is stored "
+                    "stays, and the same command goes on"
+                )
             if code in _SQLITE_MISCONFIGURED | _SQLITE_TROUBLE:
                 return DatabaseUnavailable(f"the database {self._file} does not answer: {reason}")
             return None
@@ -146,8 +153,15 @@ class Ledger:
             return None
         is_refused = getattr(cause, "sqlstate", None) is None and _POSTGRES_MISCONFIGURED.search(reason)
         if is_refused and not is_proven:
-            return ConfigurationError(f"the database {self._shown_url} cannot be used: {reason}")
-        return DatabaseUnavailable(f"the database {self._shown_url} does not answer: {reason}")
+            return ConfigurationError(
+                f"the database {self._shown_url} cannot be used: {reason}; correct user, password and name in "
+                "MILLRACE_DATABASE_URL"
+            )
+        if getattr(cause, "sqlstate", None) in _POSTGRES_FULL:
+            way_out = "make room on the server's disk; what is stored stays, and the same command goes on"
+        else:
+            way_out = "start it, or set MILLRACE_DATABASE_URL to where it runs"
+        return DatabaseUnavailable(f"the database {self._shown_url} does not answer: {reason}; {way_out}")
 
 
 def _may_pass_soon(error: Exception) -> bool:

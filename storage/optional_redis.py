@@ -4,9 +4,12 @@ import logging
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+
+from protocol.errors import BrokerUnavailable, ConfigurationError
 
 T = TypeVar("T")
 
@@ -23,6 +26,30 @@ def connect(broker_url: str, **options: Any) -> Redis:
     timeouts = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
     redis: Redis = Redis.from_url(url, **timeouts, **options)
     return redis
+
+
+def check_login(broker_url: str) -> None:
+    """Raises ConfigurationError when Redis refuses the login, and BrokerUnavailable when it does not answer."""
+    with connect(broker_url) as redis:
+        try:
+            redis.ping()
+        except RedisError as error:
+            raise translated(error, broker_url) from error
+
+
+def translated(error: Exception, broker_url: str) -> ConfigurationError | BrokerUnavailable:
+    """Our error for one of the queue's Redis, also one that Celery has wrapped."""
+    shown = urlsplit(broker_url)._replace(netloc=urlsplit(broker_url).netloc.rpartition("@")[2]).geturl()
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, AuthenticationError | NoPermissionError):
+            return ConfigurationError(
+                f"Redis at {shown} refuses the login: {cause}; set user and password in MILLRACE_BROKER_URL"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return BrokerUnavailable(
+        f"Redis at {shown} does not answer: {error}; start it, or set MILLRACE_BROKER_URL to where it runs"
+    )
 
 
 class OptionalRedis:

@@ -10,7 +10,9 @@ import warnings
 from typing import Any
 
 from protocol.celery_app import chunk_queues, make_worker_app
+from protocol.errors import BrokerUnavailable
 from protocol.settings import PARENT_FD_VARIABLE, Settings
+from storage.optional_redis import check_login
 from worker.call_service import CallService
 from worker.chunk_service import ChunkService
 from worker.consumer import Consumer
@@ -38,6 +40,10 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
     """
     _log_to_stderr(settings.log_level)
     settings.check_topology()
+    try:
+        check_login(settings.broker_url)
+    except BrokerUnavailable as error:
+        logger.warning("%s; until then this worker finds its work in the ledger alone", error)
     app = make_worker_app(settings)
     fatal: list[str] = []
 

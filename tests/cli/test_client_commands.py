@@ -353,7 +353,7 @@ def test_broker_that_is_away_is_a_warning(here: Invoke) -> None:
     result = here("submit", "prompts.jsonl", broker_url="redis://127.0.0.1:1/0")
 
     assert result.exit_code == 0
-    assert result.stderr.startswith("warning: the broker does not answer")
+    assert result.stderr.startswith("warning: Redis at redis://127.0.0.1:1/0 does not answer: ")
 
 
 def test_commands_that_need_tables_say_how_to_make_them(millrace: Invoke, tmp_path: Path) -> None:

@@ -343,7 +343,7 @@ def test_broker_that_is_away_costs_a_warning_and_no_chunk(
 
     assert job.state == "running"
     (record,) = [record for record in caplog.records if record.name == "millrace.producer"]
-    assert "the broker does not answer" in record.getMessage()
+    assert "Redis at redis://127.0.0.1:1/0 does not answer" in record.getMessage()
     assert "secret" not in caplog.text
     assert [answer_oldest(ledger) for _ in range(3)] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
 

@@ -46,22 +46,29 @@ class StateFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ConfigurationError(
-                f"the state folder {self.path} cannot be used ({error.strerror}): choose another with --state DIR"
-            ) from error
+            raise self._trouble(error) from error
         try:
             self._take_lock()
+            os.ftruncate(self._lock_fd, 0)
+            os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            self._close()
+            raise self._trouble(error) from error
         except BaseException:
             self._close()
             raise
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._close()
+
+    def _trouble(self, error: OSError) -> ConfigurationError:
+        return ConfigurationError(
+            f"the state folder {self.path} cannot be used ({error.strerror}): make room there, or choose another with "
+            "--state DIR"
+        )
 
     def _take_lock(self) -> None:
         deadline = time.monotonic() + _ORPHANS_END_S
