@@ -87,6 +87,14 @@ class BlockManager:
             self._names[block] = name
             self.num_changes += 1
 
+    def forget(self) -> None:
+        """Nothing in any block can be found again."""
+        self._free.extend(self._idle)
+        self._idle.clear()
+        self._by_name.clear()
+        self._names.clear()
+        self.num_changes += 1
+
     def find(self, names: Iterable[bytes]) -> list[int]:
         """The blocks of the longest beginning of `names` that is here."""
         blocks: list[int] = []

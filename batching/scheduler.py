@@ -10,7 +10,7 @@ It may be asked for step t+1 before the tokens of step t are known. Lengths are 
 scheduled past max_tokens; a stop token is seen one step late and what was sampled behind it is dropped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -194,6 +194,22 @@ class Scheduler:
         self._admit(plan, budget)
         self._note_prompts(plan)
         return plan if plan.sequences else None
+
+    def take_back(self, plans: Iterable[StepPlan]) -> None:
+        """These steps, the last ones launched, have failed, and all before them are processed: everything is preempted.
+
+        What they were to write is not there, and may have been named already.
+        """
+        for plan in plans:
+            for segment in plan.sampled:
+                plan.sequences[segment].num_in_flight -= 1
+            for segment, start, _ in plan.scored:
+                plan.sequences[segment].num_scored = min(plan.sequences[segment].num_scored, start)
+        self.blocks.forget()
+        for seq in self._running.values():
+            seq.num_computed = 0
+        while self._running:
+            self._preempt()
 
     def process(self, plan: StepPlan, tokens: npt.NDArray[np.int64]) -> Outcome:
         """Apply a step's sampled tokens, one per entry of `plan.sampled`."""

@@ -11,6 +11,7 @@ import torch
 from batching.padded import PaddedScheduler
 from batching.scheduler import Outcome, Scheduler, StepPlan
 from batching.sequence import Sequence
+from batching.token_budget import TokenBudget
 from protocol.errors import InvalidRequest
 from protocol.frames import EngineReady, NewSequence, StepFrame, TokenScores
 from protocol.settings import EngineSettings
@@ -64,6 +65,8 @@ class Engine:
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._refused: list[tuple[int, str]] = []
         self._num_reported_preemptions = 0
+        self._budget = TokenBudget(self.scheduler.max_batch_tokens, self.scheduler.max_num_seqs)
+        self._failed: list[StepPlan] = []  # launched in vain for lack of memory
         log.info(
             "layout %s, attention backend %s, KV cache of %d blocks of %d tokens, lookahead %d",
             loaded.layout,
@@ -157,14 +160,24 @@ class Engine:
     def step(self) -> StepFrame | None:
         """Launch what may be launched, then report the oldest step; None when there is nothing left to do."""
         assert self.lookahead is not None
-        while len(self._in_flight) <= self.lookahead and self._launch():
+        while len(self._in_flight) <= self.lookahead and not self._failed and self._launch():
             pass
         refused, self._refused = self._refused, []
+        if not self._in_flight and self._failed:
+            self._give_way()
+            return self._frame(Outcome(), StepPlan(), refused, [], [])
         if not self._in_flight:
             return self._frame(Outcome(), StepPlan(), refused, [], []) if refused else None
         plan, handle = self._in_flight.popleft()
         started = time.perf_counter()
-        tokens = handle.wait()
+        try:
+            tokens = handle.wait()
+        except torch.OutOfMemoryError:
+            self._failed = [plan, *(later for later, _ in self._in_flight), *self._failed]
+            self._in_flight.clear()
+            self._give_way()
+            return self._frame(Outcome(), StepPlan(), refused, [], [])
+        self._budget.step_done()
         self.telemetry.count_wait(started, is_idle=not self._in_flight)
         started = time.perf_counter()
         outcome = self.scheduler.process(plan, tokens)
@@ -181,16 +194,34 @@ class Engine:
     def _launch(self) -> bool:
         """The next step, if there is one."""
         started = time.perf_counter()
+        self.scheduler.max_batch_tokens = self._budget.tokens
         plan = self.scheduler.schedule()
         if plan is None:
             return False
-        handle = self.runner.launch(plan)
+        try:
+            handle = self.runner.launch(plan)
+        except torch.OutOfMemoryError:
+            self._failed.append(plan)
+            return False
         self._in_flight.append((plan, handle))
         num_padding = plan.num_padding_tokens + handle.num_padding
         self.telemetry.count_launch(
             started, len(plan.sequences), plan.num_scheduled_tokens, num_padding, handle.is_captured
         )
         return True
+
+    def _give_way(self) -> None:
+        """After a step that the memory was too small for: smaller ones from here on, with everything preempted.
+
+        Raises OutOfMemoryError when they cannot be smaller: whoever restarts the process finds out who is to blame.
+        """
+        if isinstance(self.scheduler, PaddedScheduler) or not self._budget.halve():
+            raise torch.OutOfMemoryError("the smallest possible step does not fit into the memory")
+        log.warning("out of memory: everything is preempted, and steps have %d tokens at most", self._budget.tokens)
+        self.scheduler.take_back(self._failed)
+        self._failed = []
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _frame(
         self,

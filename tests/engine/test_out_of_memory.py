@@ -1,0 +1,87 @@
+"""Steps that the memory is too small for: they get smaller, nobody's tokens change, and room comes back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from batching.scheduler import StepPlan
+from batching.token_budget import TokenBudget
+from tests.engine.reference import Reference, drive, new_sequence, settings_for
+from worker.engine.engine import Engine
+from worker.engine.runner import StepHandle
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("where", ["launch", "wait"])
+def test_a_step_that_is_too_large_is_halved_and_everybody_gets_the_same_tokens(
+    lookahead: int,
+    where: str,
+    model_folder: Callable[[str], Path],
+    reference: Callable[[str], Reference],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = reference("llama")
+    settings = settings_for(model_folder("llama"), lookahead=lookahead, max_batch_tokens=256, max_num_seqs=4)
+    engine = Engine.start(settings)
+    launch, sizes, num_failures = engine.runner.launch, [], 0
+
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("as if it were")
+
+    def launch_or_fail(plan: StepPlan) -> StepHandle:
+        nonlocal num_failures
+        if plan.num_scheduled_tokens > 40:
+            num_failures += 1
+            if where == "launch":
+                fail()
+            launch(plan)
+            return cast("StepHandle", SimpleNamespace(wait=fail, is_captured=False, num_padding=0))
+        sizes.append(plan.num_scheduled_tokens)
+        return launch(plan)
+
+    monkeypatch.setattr(engine.runner, "launch", launch_or_fail)
+    prompts = [(prompt * 3)[:90] for prompt in expected.prompts]
+    sequences = [new_sequence(i, prompt, 12, score_from=1) for i, prompt in enumerate(prompts)]
+    undisturbed = drive(Engine.start(settings), sequences)
+
+    run = drive(engine, sequences)
+
+    assert num_failures > 1
+    assert run.outputs == undisturbed.outputs
+    assert run.reasons == undisturbed.reasons
+    assert scored_lengths(run.scores) == scored_lengths(undisturbed.scores)
+    assert max(sizes) <= 40
+
+
+def scored_lengths(scores: dict[int, list[Any]]) -> dict[int, int]:
+    return {seq_id: sum(len(part.logprobs) for part in parts) for seq_id, parts in scores.items()}
+
+
+def test_an_engine_whose_smallest_step_does_not_fit_gives_up(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine.start(settings_for(model_folder("llama")))
+
+    def fail(_plan: StepPlan) -> StepHandle:
+        raise torch.OutOfMemoryError("as if it were")
+
+    monkeypatch.setattr(engine.runner, "launch", fail)
+    engine.add(new_sequence(0, [1, 2, 3], 4))
+    with pytest.raises(torch.OutOfMemoryError):
+        all(engine.step() for _ in range(100))
+
+
+def test_a_budget_comes_back_slowly_and_never_gets_too_small() -> None:
+    budget = TokenBudget(1024, 100)
+    assert [budget.halve() for _ in range(5)] == [True, True, True, True, False]
+    assert budget.tokens == 100
+    for _ in range(64):
+        budget.step_done()
+    assert budget.tokens == 164
+    for _ in range(64 * 20):
+        budget.step_done()
+    assert budget.tokens == 1024
