@@ -60,6 +60,7 @@ def _text_bytes(request: Request) -> int:
         request.prompt,
         request.context,
         request.continuation,
+        request.carried,
         *(message.content for message in request.messages or ()),
         *(text for text in request.inputs or () if isinstance(text, str)),
     )

@@ -37,6 +37,8 @@ def test_long_texts_make_chunks_of_fewer_requests_also_before_the_limit_of_bytes
 
     assert [len(requests) for requests, _ in cut_chunks(items, 0, 512, 1 << 30)] == [2, 2, 1]
     assert [len(requests) for requests, _ in cut_chunks(items, 0, 512, 50_000)] == [1] * 5
+    carrying = [Request(line=line, prompt="x", carried="x" * 100_000) for line in range(1, 6)]
+    assert [len(requests) for requests, _ in cut_chunks(carrying, 0, 512, 1 << 30)] == [2, 2, 1]
 
 
 def test_what_comes_before_damage_is_given_first() -> None:
