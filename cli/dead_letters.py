@@ -11,14 +11,24 @@ _lines = click.argument("lines", metavar="[LINE]...", type=click.IntRange(min=1)
 @click.group("dead-letters", short_help="Look after requests that were given up.")
 def command() -> None:
     """Requests that an engine died of again and again, or that the worker failed at: given up, so that the rest of
-    their Job could go on. Each is named by its Job and line."""
+    their Job could go on. Each is named by its Job and line.
+
+    \b
+    Example:
+      millrace dead-letters list
+    """
 
 
 @command.command("list")
 @click.argument("job", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each.")
 def list_command(job: str | None, as_json: bool) -> None:
-    """List them, the newest first: of one Job, or all."""
+    """List them, the newest first: of one Job, or all.
+
+    \b
+    Example:
+      millrace dead-letters list 3f9a
+    """
     import msgspec
 
     from producer.client import Client
@@ -38,7 +48,12 @@ def list_command(job: str | None, as_json: bool) -> None:
 @click.argument("job")
 @click.argument("line", type=click.IntRange(min=1))
 def show_command(job: str, line: int) -> None:
-    """Show one with its request, as a JSON object: the prompt is in it."""
+    """Show one with its request, as a JSON object: the prompt is in it.
+
+    \b
+    Example:
+      millrace dead-letters show 3f9a 17
+    """
     import msgspec
 
     from producer.client import Client
@@ -56,6 +71,10 @@ def replay_command(job: str, lines: tuple[int, ...]) -> None:
     """Compute them again: these lines', or all of the Job's. Their errors are taken back until then.
 
     Those in Chunks that are being worked on right now stay: replay again a little later.
+
+    \b
+    Example:
+      millrace dead-letters replay 3f9a
     """
     from producer.client import Client
 
@@ -68,7 +87,12 @@ def replay_command(job: str, lines: tuple[int, ...]) -> None:
 @click.argument("job")
 @_lines
 def drop_command(job: str, lines: tuple[int, ...]) -> None:
-    """Forget them: these lines', or all of the Job's. Their error results stay."""
+    """Forget them: these lines', or all of the Job's. Their error results stay.
+
+    \b
+    Example:
+      millrace dead-letters drop 3f9a
+    """
     from producer.client import Client
 
     with Client() as client:

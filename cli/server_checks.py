@@ -6,10 +6,10 @@ import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
 
 from cli.finding import Finding, failed, ok, shown_bytes, warning
 from protocol.settings import Settings
+from storage.optional_redis import shown_broker
 
 #: Seconds Redis, PostgreSQL and the workers each have to answer.
 _REDIS_TIMEOUT_S = 3.0
@@ -78,12 +78,6 @@ def _timed_ping(client: Any) -> float:
     start = time.perf_counter()
     client.ping()
     return time.perf_counter() - start
-
-
-def shown_broker(url: str) -> str:
-    """Without user and password, as they may be shown."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def check_database(settings: Settings) -> Iterator[Finding]:

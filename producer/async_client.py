@@ -6,7 +6,7 @@ hundreds of them at once are fine and ten thousand are not; `ask` needs none, ho
 
 import asyncio
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from functools import partial
@@ -20,10 +20,11 @@ from producer.source import Input, Source
 from producer.wakeups import Wakeup
 from protocol.errors import TimedOut
 from protocol.priority import Priority
-from protocol.requests import Result
+from protocol.requests import Request, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings
 from storage.completeness import Verification
+from storage.dead_letters import DeadLetter
 from storage.jobs import Job, JobStatus
 
 P = ParamSpec("P")
@@ -198,6 +199,42 @@ class AsyncClient:
     async def retry(self, job: Job | str) -> int:
         """As Client's."""
         return await self._call(self._open.retry, job)
+
+    async def find_same(
+        self, source: Input | Source, *, name: str | None = None, params: SamplingParams = UNSET_PARAMS
+    ) -> Job | None:
+        """As Client's. May read all of the source, in a thread that a cancelled task does not stop."""
+        client = self._open
+        return await self._apart(lambda _wakeup: client.find_same(source, name=name, params=params))
+
+    async def has_retriable_errors(self, job: Job | str) -> bool:
+        """As Client's. May read all of the Job's Results, in a thread that a cancelled task does not stop."""
+        client = self._open
+        return await self._apart(lambda _wakeup: client.has_retriable_errors(job))
+
+    async def set_priority(self, job: Job | str, priority: Priority) -> Job:
+        """As Client's."""
+        return await self._call(self._open.set_priority, job, priority)
+
+    async def announce(self, job: Job | str) -> None:
+        """As Client's."""
+        await self._call(self._open.announce, job)
+
+    async def dead_letters(self, job: Job | str | None = None) -> list[DeadLetter]:
+        """As Client's."""
+        return await self._call(self._open.dead_letters, job)
+
+    async def dead_letter(self, job: Job | str, line: int) -> tuple[list[DeadLetter], Request]:
+        """As Client's."""
+        return await self._call(self._open.dead_letter, job, line)
+
+    async def replay(self, job: Job | str, lines: Collection[int] | None = None) -> int:
+        """As Client's."""
+        return await self._call(self._open.replay, job, lines)
+
+    async def drop_dead_letters(self, job: Job | str, lines: Sequence[int] | None = None) -> int:
+        """As Client's."""
+        return await self._call(self._open.drop_dead_letters, job, lines)
 
     async def verify(self, job: Job | str) -> Verification:
         """As Client's. Reads all of the Job's Results, in a thread that a cancelled task does not stop."""

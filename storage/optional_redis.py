@@ -28,6 +28,12 @@ def connect(broker_url: str, **options: Any) -> Redis:
     return redis
 
 
+def shown_broker(broker_url: str) -> str:
+    """Without user and password, as it may be shown."""
+    parts = urlsplit(broker_url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
 def check_login(broker_url: str) -> None:
     """Raises ConfigurationError when Redis refuses the login, and BrokerUnavailable when it does not answer."""
     with connect(broker_url) as redis:
@@ -39,7 +45,7 @@ def check_login(broker_url: str) -> None:
 
 def translated(error: Exception, broker_url: str) -> ConfigurationError | BrokerUnavailable:
     """Our error for one of the queue's Redis, also one that Celery has wrapped."""
-    shown = urlsplit(broker_url)._replace(netloc=urlsplit(broker_url).netloc.rpartition("@")[2]).geturl()
+    shown = shown_broker(broker_url)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, AuthenticationError | NoPermissionError):
