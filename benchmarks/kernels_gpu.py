@@ -20,17 +20,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from worker.engine.kernels.decode_variant import DECODE, PREFIX, DecodeVariant
 from worker.engine.kernels.kv_write import write_kv
 from worker.engine.kernels.paged_decode import decode, plan_decode
-from worker.engine.kernels.plain import plain_decode, plain_score_tokens
+from worker.engine.kernels.paged_prefill import prefill
+from worker.engine.kernels.plain import plain_decode, plain_prefill, plain_score_tokens
 from worker.engine.kernels.prefix_groups import PrefixGroups
 from worker.engine.kernels.token_scores import score_tokens
 
 DEVICE = "cuda"
+Int64s = npt.NDArray[np.int64]
+
 BLOCK_SIZE = 256
 HEAD_DIM = 128
 #: Query and key/value heads of the Qwen3-0.6B and Llama-3.1-8B shapes.
@@ -41,17 +46,13 @@ DECODE_VARIANTS = [
     replace(DECODE, is_nested=True),
     DecodeVariant(64, 4, 4, 2, is_nested=True),
     DecodeVariant(64, 2, 3, 2),
-    DecodeVariant(32, 4, 3, 4),
     DecodeVariant(128, 8, 3, 1),
     DecodeVariant(128, 8, 3, 1, is_nested=True),
 ]
 PREFIX_VARIANTS = [
     PREFIX,
-    DecodeVariant(64, 4, 3, 1),
-    DecodeVariant(64, 4, 3, 1, is_nested=True),
-    DecodeVariant(64, 8, 3, 1, is_nested=True),
-    DecodeVariant(64, 4, 2, 2, is_nested=True),
-    DecodeVariant(32, 4, 4, 2, is_nested=True),
+    replace(PREFIX, is_nested=False, programs_per_sm=1),
+    replace(PREFIX, programs_per_sm=1),
 ]
 #: Bytes that the layers of one graph read at least, several times an L2 cache.
 MIN_BYTES = 1 << 29
@@ -353,6 +354,62 @@ def index_copy_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, 
     v_cache.flatten(0, 1).index_copy_(0, slots, value)
 
 
+def time_prefill(report: Report) -> None:
+    """Pieces of 16384 tokens in all, as a step of prompts has them, against flash-attn 2 on the same blocks."""
+    lens = np.array(uniform_lens(29, 100, 1024), dtype=np.int64)
+    for name, heads in HEADS.items():
+        for block_size in (64, 256):
+            pieces = Pieces(lens, heads, block_size)
+            what = f"prefill {name} {lens.sum()} tokens, block {block_size}"
+            report.add(f"check {what}", pieces.errors)
+            report.add(what, functools.partial(pieces.measure, pieces.run))
+            if block_size == 256:
+                report.add(f"{what}, flash-attn-2", functools.partial(pieces.measure, pieces.run_flash))
+
+
+class Pieces:
+    """Whole prompts over scattered blocks."""
+
+    def __init__(self, lens: Int64s, heads: tuple[int, int], block_size: int) -> None:
+        self.lens, num_per_piece = lens, -(-int(lens.max()) // block_size)
+        num_blocks = len(lens) * num_per_piece
+        self.tables = torch.randperm(num_blocks, device=DEVICE).view(len(lens), -1).int()
+        shape = (num_blocks, block_size, heads[1], HEAD_DIM)
+        self.caches = torch.randn(2, *shape, device=DEVICE, dtype=torch.bfloat16)
+        self.query = torch.randn(int(lens.sum()), heads[0], HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+        self.cu_lens = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=DEVICE)
+
+    def run(self) -> Tensor:
+        cu_lens = self.cu_lens, self.cu_lens
+        return prefill(self.query, self.caches[0], self.caches[1], self.tables, *cu_lens, self.lens, scale=SCALE)
+
+    def run_flash(self) -> Any:
+        from flash_attn import flash_attn_varlen_func
+
+        longest = int(self.lens.max())
+        lens = {"cu_seqlens_q": self.cu_lens, "cu_seqlens_k": self.cu_lens}
+        options = {"max_seqlen_q": longest, "max_seqlen_k": longest, "causal": True, "softmax_scale": SCALE}
+        return flash_attn_varlen_func(self.query, *self.caches, block_table=self.tables, **lens, **options)
+
+    def measure(self, run: Callable[[], object]) -> dict[str, Any]:
+        seconds = time_graph(run, 1)
+        num_flops = 2 * int((self.lens * (self.lens + 1)).sum()) * self.query.shape[1] * HEAD_DIM
+        return {"us": seconds * 1e6, "TFLOP/s": num_flops / seconds / 1e12}
+
+    def errors(self) -> dict[str, Any]:
+        """Of some pieces' last tokens, against the twin in float64."""
+        output = self.run()
+        differences = []
+        for i in (0, len(self.lens) // 2, len(self.lens) - 1):
+            blocks, end = self.tables[i].long(), int(self.cu_lens[i + 1])
+            table = torch.arange(len(blocks), device=DEVICE)[None, :].int()
+            keys, values = (cache[blocks].double() for cache in self.caches)
+            query = self.query[end - 40 : end].double()
+            expected = plain_prefill(query, keys, values, table, [40], [int(self.lens[i])], scale=SCALE)
+            differences.append(float((output[end - 40 : end].double() - expected).abs().max()))
+        return {"error": max(differences), "wrong": not max(differences) < 0.02}
+
+
 def time_scores(report: Report) -> None:
     logits = torch.randn(1280, 151_936, device=DEVICE, dtype=torch.bfloat16)
     targets = torch.randint(151_936, (1280,), device=DEVICE)
@@ -397,9 +454,10 @@ def _short(variant: DecodeVariant) -> str:
 PARTS: dict[str, Callable[[Report], None]] = {
     "check": check,
     "decode": time_decode,
-    "prefix": time_prefix,
     "write": time_write,
     "score": time_scores,
+    "prefill": time_prefill,
+    "prefix": time_prefix,
 }
 
 

@@ -1,9 +1,11 @@
-"""Where the time of a decode step goes, against the least it could take.
+"""Where the time of a decode step goes, or of a scoring step, against the least it could take.
 
     python -m benchmarks.profile_step --shape qwen3-0.6b --rows 256 --tokens 600 [--trace trace.json]
+    python -m benchmarks.profile_step --shape qwen3-0.6b --score --tokens 600
 
-Brings so many rows of so many tokens to decode and profiles some steps. Prints a table and the longest kernels, then
-one JSON object as the last line. Times are of the device; the host's gap is what they leave of the time on the clock.
+Brings so many rows of so many tokens to decode, or scores prompts of so many, and profiles some steps. Prints a table
+and the longest kernels, then one JSON object as the last line. Times are of the device; the host's gap is what they
+leave of the time on the clock.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.engine import build_model
-from benchmarks.workloads import BYTES_PER_SECOND, SHAPES
+from benchmarks.workloads import BYTES_PER_SECOND, FLOPS_PER_SECOND, SHAPES
 from protocol.frames import NewSequence
 from protocol.settings import EngineSettings
 from worker.engine.engine import Engine
@@ -27,6 +29,7 @@ from worker.engine.loader import adopt
 #: Parts of a step, and what the names of their kernels contain; the first that fits.
 PARTS = {
     "sampler": ("race",),
+    "scores": ("_score", "topk"),
     "attention": ("flash", "decode", "attend", "prefix", "merge", "combine"),
     "kv write": ("write_kv", "kv_write", "index_copy"),
     "gemm": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "gemv"),
@@ -51,6 +54,14 @@ def fill(engine: Engine, num_rows: int, num_tokens: int, num_out: int) -> None:
         engine.step()
 
 
+def fill_scoring(engine: Engine, num_tokens: int) -> None:
+    """Prompts for all steps there will be, and some more."""
+    rng = np.random.default_rng(0)
+    for i in range(-(-3 * NUM_STEPS * engine.scheduler.max_batch_tokens // num_tokens)):
+        ids = rng.integers(0, engine.loaded.vocab_size, num_tokens).astype("<i4").tobytes()
+        engine.add(NewSequence(i, ids, 0, (), 0.0, 1.0, 0, 0, 0, score_from=1))
+
+
 def _decodes(engine: Engine, num_rows: int) -> bool:
     frame = engine.step()
     return frame is not None and frame.num_scheduled_tokens == num_rows and not frame.num_waiting
@@ -61,6 +72,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen3-0.6b")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=600)
+    parser.add_argument("--score", action="store_true", help="profile steps that score prompts of --tokens tokens")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trace", type=Path, help="write a trace for chrome://tracing here")
@@ -68,19 +80,29 @@ def main() -> int:
     settings = EngineSettings(device=arguments.device, attention=arguments.backend, max_model_len=4096)
     loaded = adopt(build_model(arguments.shape, settings), settings)
     engine = Engine(loaded, settings)
-    fill(engine, arguments.rows, arguments.tokens, 8 * NUM_STEPS)
-    figures = profile(engine, arguments.trace)
+    if arguments.score:
+        fill_scoring(engine, arguments.tokens)
+    else:
+        fill(engine, arguments.rows, arguments.tokens, 8 * NUM_STEPS)
+    figures = profile(engine, arguments.trace) | {"shape": arguments.shape, "backend": engine.attention_name}
     config: Any = loaded.model.config
+    num_parameters = sum(p.numel() for p in loaded.model.parameters())
+    if arguments.score:
+        num_tokens, width = engine.scheduler.max_batch_tokens, config.num_attention_heads * config.head_dim
+        # Every weight but a separate embedding's once per token, and half of all pairs of a prompt's tokens.
+        num_used = num_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+        per_token = 2 * num_used + 2 * config.num_hidden_layers * arguments.tokens * width
+        figures |= {"scored_tokens": num_tokens, "tokens": arguments.tokens}
+        figures["floor_ms"] = round(1e3 * num_tokens * per_token / FLOPS_PER_SECOND, 3)
+        print(json.dumps(figures))
+        return 0
     kv_bytes = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    weights = sum(p.numel() for p in loaded.model.parameters()) * 2
     attention_floor = 1e3 * arguments.rows * arguments.tokens * kv_bytes / BYTES_PER_SECOND
     figures |= {
-        "shape": arguments.shape,
         "rows": arguments.rows,
         "tokens": arguments.tokens,
-        "backend": engine.attention_name,
         "attention_floor_ms": round(attention_floor, 3),
-        "floor_ms": round(attention_floor + 1e3 * weights / BYTES_PER_SECOND, 3),
+        "floor_ms": round(attention_floor + 2e3 * num_parameters / BYTES_PER_SECOND, 3),
     }
     print(json.dumps(figures))
     return 0
