@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from protocol.requests import Answer, Failure, Result
@@ -40,8 +41,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place of Redis and the worker: whoever supervises the system answers a Chunk."""
+def answering(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the worker: whoever supervises the system answers a Chunk."""
     ledger = Ledger(f"sqlite:///{tmp_path}/.millrace/ledger.db")
 
     def answer(_self: LocalSystem, _num_results: int) -> None:
@@ -63,7 +64,9 @@ def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalSystem, "__enter__", lambda self: self)
     monkeypatch.setattr(LocalSystem, "__exit__", lambda *_: None)
     monkeypatch.setattr(LocalSystem, "supervise", answer)
-    monkeypatch.setattr(LocalSystem, "settings", property(lambda self: self._given))
+    monkeypatch.setattr(
+        LocalSystem, "settings", property(lambda self: msgspec.structs.replace(self._given, broker_url=redis_url))
+    )
     monkeypatch.setattr("producer.doorbell.Doorbell.ring", lambda *_: None)
 
 
