@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+from protocol.backoff import backoff
 from protocol.errors import DatabaseUnavailable
 from protocol.faults import fault_point
 from protocol.priority import PRIORITIES
@@ -37,14 +38,13 @@ logger = logging.getLogger("millrace.worker")
 _IDLE_CLAIM_INTERVAL_S = 1.0
 _IDLE_CLAIM_AGE_S = 2.0
 _RETRY_S = 1.0
+_MAX_RETRY_S = 10.0
 #: How often a worker that is to stop looks whether everything is finished.
 _DRAIN_LOOK_S = 0.05
 #: How often cancelled Jobs and passed deadlines are looked for among what runs.
 _WATCH_INTERVAL_S = 0.5
 #: Rows waiting to be committed at which nothing more is taken in: known answers pass no engine that would slow them.
 _MAX_BACKLOG = 8192
-#: Attempts at a Chunk after which what cannot be prepared is our bug and no passing trouble.
-_MAX_ATTEMPTS = 5
 
 
 class ChunkService:
@@ -174,7 +174,7 @@ class ChunkService:
             self._on_fatal(f"the worker's thread {threading.current_thread().name} broke; see the traceback above")
 
     def _take_in(self) -> None:
-        next_look = 0.0
+        next_look, pauses = 0.0, backoff(_RETRY_S, _MAX_RETRY_S)
         while not self._is_draining.is_set():
             ranks = [rank for rank in range(len(PRIORITIES)) if self.has_credit(rank)]
             ticket = self._next_ticket(ranks, next_look)
@@ -189,7 +189,9 @@ class ChunkService:
                 logger.warning("the database is away, trying again: %s", error)
                 if ticket is not None:
                     self.receive(ticket)
-                self._is_draining.wait(_RETRY_S)
+                self._is_draining.wait(next(pauses))
+            else:
+                pauses = backoff(_RETRY_S, _MAX_RETRY_S)
 
     def _next_ticket(self, ranks: list[int], next_look: float) -> Ticket | None:
         """The most urgent one, if it is for one of these classes; waits a moment for one where there is none."""
@@ -241,27 +243,41 @@ class ChunkService:
         if earlier is not None:
             # Our own lease ran out unnoticed and we have just claimed it again: the old attempt is fenced off.
             self._drop(earlier)
+        try:
+            self._prepare(chunk, apart=False)
+            fault_point("prepared")
+        except Exception:
+            # Our fault is tried once more, each Request by itself, so that the sound ones do not pay for it.
+            logger.exception("chunk %d could not be prepared (attempt %d)", lease.chunk_id, lease.attempt)
+            self._drop(chunk)
+            self._retry_apart(lease)
+        self._on_credit()
+
+    def _prepare(self, chunk: OpenChunk, *, apart: bool) -> None:
+        lease = chunk.lease
         with self._open_lock:
             self._open[lease.chunk_id] = chunk
         try:
-            self.inference.run(chunk, lease.requests, lease.job_params, lease.done)
-            fault_point("prepared")
+            self.inference.run(chunk, lease.requests, lease.job_params, lease.done, apart=apart)
         except DatabaseUnavailable as error:
             logger.warning("chunk %d is given up until its lease expires: %s", lease.chunk_id, error)
             self._drop(chunk)
+
+    def _retry_apart(self, lease: Lease) -> None:
+        chunk = OpenChunk(lease, None, self._committer)
+        try:
+            self._prepare(chunk, apart=True)
         except Exception:
-            logger.exception("chunk %d could not be prepared (attempt %d)", lease.chunk_id, lease.attempt)
+            logger.exception("chunk %d could not be prepared, nor any request of it alone", lease.chunk_id)
             self._drop(chunk)
-            if lease.attempt >= _MAX_ATTEMPTS:
-                self._fail(lease)
-        self._on_credit()
+            self._fail(lease)
 
     def _fail(self, lease: Lease) -> None:
         """What is left of the Chunk ends as errors, so that its Job can end."""
         chunk = OpenChunk(lease, None, self._committer)
         with self._open_lock:
             self._open[lease.chunk_id] = chunk
-        failure = Failure("internal_error", f"the worker failed at this {_MAX_ATTEMPTS} times; its log says why")
+        failure = Failure("internal_error", "the worker failed at this twice; its log says why")
         chunk.expect(len(lease.requests))
         for request in lease.requests:
             sample = next(i for i in itertools.count() if (request.line, i) not in lease.done)

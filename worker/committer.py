@@ -1,6 +1,5 @@
 """Group commit: Results of many Chunks land in one transaction, each fenced by its Chunk's lease."""
 
-import itertools
 import logging
 import queue
 import threading
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
+from protocol.backoff import backoff
 from protocol.errors import DatabaseUnavailable
 from protocol.faults import fault_point
 from protocol.requests import Answer, Result
@@ -28,7 +28,7 @@ T = TypeVar("T")
 _MAX_ROWS = 2048
 _MAX_DELAY_S = 0.05
 #: Pauses between tries while the database is away.
-_RETRY_DELAYS_S = (0.1, 0.3, 1.0, 2.0, 5.0)
+_RETRY_S, _MAX_RETRY_S = 0.1, 5.0
 
 
 class _Row(msgspec.Struct, frozen=True):
@@ -167,7 +167,7 @@ class Committer:
 
     def _retry(self, act: Callable[[], T]) -> T:
         """Until it works, or until the worker stops: results are kept in memory while the database is away."""
-        delays = itertools.chain(_RETRY_DELAYS_S, itertools.repeat(_RETRY_DELAYS_S[-1]))
+        pauses = backoff(_RETRY_S, _MAX_RETRY_S)
         while True:
             try:
                 return act()
@@ -175,4 +175,4 @@ class Committer:
                 if self._is_stopping.is_set():
                     raise
                 logger.warning("the database is away, trying again: %s", error)
-                self._is_stopping.wait(next(delays))
+                self._is_stopping.wait(next(pauses))

@@ -185,6 +185,11 @@ class Generations:
         ranks = [rank for rank in list(num_live) if rank <= priority]
         return sum(num_live[rank] for rank in ranks), sum(num_tokens[rank] for rank in ranks)
 
+    def has(self, key: bytes) -> bool:
+        """Whether this answer is being computed, or is there and not yet committed."""
+        with self._lock:
+            return key in self._by_key or key in self._uncommitted
+
     def join(self, piece: Piece) -> Answer | bool:
         """The Answer if it is finished but not yet committed; else whether an equal generation is running."""
         with self._lock:

@@ -117,9 +117,11 @@ class Inference:
         requests: Iterable[Request],
         job_params: SamplingParams = UNSET_PARAMS,
         done: Collection[tuple[int, int]] = (),
+        *,
+        apart: bool = False,
     ) -> None:
         """Start what is not known already; as in Preparation.run, whose errors it raises."""
-        self._preparation.run(owner, requests, job_params, done)
+        self._preparation.run(owner, requests, job_params, done, apart=apart)
 
     def abandon(self, *owners: Owner) -> None:
         """The owners wait no longer: what nobody else waits for is cancelled."""

@@ -1,5 +1,6 @@
 """From Requests to generations: parameters resolved, known answers found, prompts tokenized, misfits refused."""
 
+import itertools
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -64,15 +65,35 @@ class Preparation:
         requests: Iterable[Request],
         job_params: SamplingParams = UNSET_PARAMS,
         done: Collection[tuple[int, int]] = (),
+        *,
+        apart: bool = False,
     ) -> None:
         """Afterwards every Result of the Requests is on its way to the owner, but for those of the (line, sample) that
-        are `done`. Raises DatabaseUnavailable."""
+        are `done`. With `apart` a Request that cannot be prepared for a fault of ours fails alone. Raises
+        DatabaseUnavailable."""
         pieces, failures = self._pieces(owner, requests, job_params, done)
         owner.expect(len(pieces) + len(failures))
         for request, failure in failures:
             owner.settle(failed(request, failure, None, 0, owner))
-        unknown = self._serve_known(_in_time(pieces))
+        sound = self._sound(pieces) if apart else pieces
+        unknown = self._serve_known(_in_time(sound))
         self._start(unknown)
+
+    def _sound(self, pieces: list[Piece]) -> list[Piece]:
+        """Those that can be prepared; the others end here."""
+        sound: list[Piece] = []
+        for line, of_line in itertools.groupby(pieces, key=lambda piece: piece.request.line):
+            group = list(of_line)
+            try:
+                self._encode(group)
+                sound += group
+            except Exception as error:
+                logger.exception("the request of line %d cannot be prepared", line)
+                reason = f"the worker failed at this twice: {type(error).__name__}; its log says where"
+                failure = Failure("internal_error", reason)
+                for each in group:
+                    each.owner.settle(failed(each.request, failure, each.params, each.sample, each.owner))
+        return sound
 
     def _pieces(
         self,
@@ -168,6 +189,14 @@ class Preparation:
             return {}
 
     def _start(self, pieces: Sequence[Piece]) -> None:
+        try:
+            self._start_each(pieces)
+        finally:
+            # Whatever has not become a generation is computed by nobody: others must not wait for it.
+            keys = {piece.key for piece in pieces if piece.key is not None}
+            self._flights.release([key for key in keys if not self._generations.has(key)])
+
+    def _start_each(self, pieces: Sequence[Piece]) -> None:
         encoded = self._encode(pieces)
         ready: list[tuple[Piece, list[int] | ScoredPrompt]] = []
         cut = self._cut(pieces, encoded)

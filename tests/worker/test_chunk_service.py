@@ -11,12 +11,14 @@ import pytest
 from producer.client import Client
 from protocol.errors import DeadLetterNotFound
 from protocol.faults import FAULT_VARIABLE
+from protocol.requests import Request
 from storage.jobs import cancel_job
 from storage.ledger import Ledger
 from tests.processes import Watched, command_line, descendants
 from tests.tiny_model import build_tiny_model
 from tests.worker.service import hand_over, running_service, service_settings, submit, wait_until
 from worker.chunk_service import ChunkService
+from worker.text import Tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -183,3 +185,29 @@ def test_two_workers_compute_equal_requests_once_and_cancelling_one_job_leaves_t
         client.cancel(third)
         assert client.wait(fourth).num_ok == 12
         assert client.status(third).num_ok < 12
+
+
+def test_a_fault_of_ours_costs_its_request_alone_after_one_retry(
+    system: tuple[ChunkService, Client, Ledger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, client, ledger = system
+    encode, num_faults = Tokenizer.encode, 0
+
+    def faulty(self: Tokenizer, requests: list[Request]) -> object:
+        nonlocal num_faults
+        if any(request.prompt == "the bug" for request in requests):
+            num_faults += 1
+            raise ZeroDivisionError("as if it were")
+        return encode(self, requests)
+
+    monkeypatch.setattr(Tokenizer, "encode", faulty)
+    lines = [{"prompt": "sound"}, {"prompt": "the bug"}, {"prompt": "sound too"}]
+    job = submit(client, "our fault", lines, max_tokens=2, temperature=0.0)
+    hand_over(service, ledger, job)
+
+    status = client.wait(job)
+
+    assert (status.num_ok, status.num_error, num_faults) == (2, 1, 2)
+    (letter,) = client.dead_letters(job)
+    assert (letter.line, letter.code) == (2, "internal_error")
+    assert "ZeroDivisionError" in letter.reason
