@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, insert, update
 
 from protocol.errors import JobNotEnded, JobNotFound, SubmissionConflict
 from storage import deletion
@@ -26,7 +26,7 @@ from storage.landings import job_progress
 from storage.leases import claim_next, renew
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit, read_results
-from storage.tables import chunk_requests, chunks, jobs, results
+from storage.tables import chunk_requests, chunks, dead_letters, jobs, results
 from tests.storage.samples import MODEL, answered, died, new_chunk, new_job, new_lease, num_rows, run_threads
 
 DAY_S = 86_400.0
@@ -70,6 +70,16 @@ def test_deleted_job_is_gone_with_everything_of_its_own_and_nothing_else(
     assert told == [(0, 2), (0, 4), (0, 6), (0, 8), (0, 10)]
     with pytest.raises(JobNotFound):
         delete_job(ledger, gone.id)
+
+
+def test_dead_letters_go_with_their_job(ledger: Ledger) -> None:
+    job = finished_job(ledger, "gone", num_chunks=1)
+    letter = {"job_id": job.id, "line": 1, "sample": 0, "chunk_id": 1, "code": "engine_died", "reason": "it died"}
+    ledger.write(lambda connection: connection.execute(insert(dead_letters).values(**letter, created_at=now())))
+
+    delete_job(ledger, job.id)
+
+    assert num_rows(ledger, dead_letters) == 0
 
 
 def test_job_that_has_not_ended_is_not_deleted(ledger: Ledger) -> None:
