@@ -7,14 +7,15 @@ from worker.engine.kernels import sampling
 from worker.engine.sampler import Draws, sample
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("vocab_size", [512, 1000])
+@pytest.mark.parametrize("max_candidates", [1, 128])
+@pytest.mark.parametrize(("dtype", "vocab_size"), [(torch.bfloat16, 1000), (torch.float32, 512)])
 def test_tokens_equal_those_of_the_plain_sampler(
-    dtype: torch.dtype, vocab_size: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, vocab_size: int, max_candidates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy, drawing and limited rows side by side; logits so coarse that many are equal."""
-    monkeypatch.setattr(sampling, "_PIECE", 256)
-    monkeypatch.setattr(sampling, "_LIMITED_PIECE", 512)
+    sizes = {"_PIECE": 256, "_PART": 16, "_LIMITED_PIECE": 512, "_MAX_CANDIDATES": max_candidates, "_BOUND_RANK": 30}
+    for name, size in sizes.items():
+        monkeypatch.setattr(sampling, name, size)
     torch.manual_seed(0)
     num_rows, num_state = 24, 30
     logits = (torch.randn(num_rows, vocab_size) * 3).to(dtype)
@@ -27,7 +28,7 @@ def test_tokens_equal_those_of_the_plain_sampler(
     top_k[::4], top_k[7] = torch.randint(1, 60, (8,)), 5000
     min_p[::7] = 0.05
     seed, number = torch.randint(-(2**62), 2**62, (num_state,)), torch.randint(5, (num_state,))
-    for _ in range(3):
+    for _ in range(2):
         positions = torch.randint(5000, (num_rows,))
 
         tokens = sampling.sample_rows(logits, rows, temperature, top_p, top_k, min_p, seed, number, positions)

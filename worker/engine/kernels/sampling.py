@@ -1,10 +1,12 @@
-"""Sampling in three launches that ask the host nothing, for the inside of a CUDA graph; the sampler's twin on Triton.
+"""Sampling in a few launches that ask the host nothing, for the inside of a CUDA graph; the sampler's twin on Triton.
 
 `sampler.sample` is what it is held to: the same race with the same noise. A row that is greedy or draws from all tokens
-is cut into pieces of the vocabulary; one with top_k, top_p or min_p is searched, a few bits of the threshold at a time,
-by one program. Either kernel leaves the other's rows at once, so limits cost nothing where nobody sets them.
+is cut into pieces of the vocabulary. Of one with top_k, top_p or min_p, the largest logits of small parts give a bound
+that few logits reach, and those few are sorted; where they are too many, or not all there is to draw from, one program
+searches the row for the threshold, some of its bits at a time. Kernels leave rows that are not theirs at once, so
+limits cost nothing where nobody sets them.
 
-Letters: D rows, V vocabulary, S pieces of it, R rows of the engine's state.
+Letters: D rows, V vocabulary, S pieces of it, U parts, C candidates, R rows of the engine's state.
 """
 
 import torch
@@ -15,6 +17,11 @@ from torch import Tensor
 #: Tokens per piece: one piece is held in registers, to find its largest logit before it is compared.
 _PIECE = 4096
 _LIMITED_PIECE = 8192
+#: Tokens per part, of which the largest logit is known; and candidates of a row at most.
+_PART = 512
+_MAX_CANDIDATES = 1024
+#: Of the largest logits of parts, the one that bounds the candidates where top_p alone limits.
+_BOUND_RANK = 200
 
 
 def sample_rows(
@@ -37,31 +44,62 @@ def sample_rows(
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     is_fast = torch.version.cuda is not None and not triton.knobs.runtime.interpret
     state = (rows, temperature, top_p, top_k, min_p, seed, sample, positions)
+    num_parts = num_pieces * (_PIECE // _PART)
+    part_tops = torch.empty(num_rows, num_parts, dtype=torch.float32, device=logits.device)  # (D, U)
+    bounds = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    weights = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    counts = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
+    candidates = torch.empty(num_rows, _MAX_CANDIDATES, dtype=torch.int64, device=logits.device)  # (D, C)
+    sizes = {"PIECE": _PIECE, "PART": _PART}
+    limits = state[:5]
     _race_pieces[(num_rows, num_pieces)](
         logits,
         *state,
         best_logits,
         best_noises,
         best_ids,
+        part_tops,
         logits.stride(0),
         vocab_size,
         num_pieces,
-        PIECE=_PIECE,
+        **sizes,
         FAST=is_fast,
     )
     _finish_race[(num_rows,)](
-        *state[:5], best_logits, best_noises, best_ids, tokens, num_pieces, PIECES=triton.next_power_of_2(num_pieces)
+        *limits,
+        best_logits,
+        best_noises,
+        best_ids,
+        part_tops,
+        bounds,
+        weights,
+        counts,
+        tokens,
+        num_pieces,
+        num_parts,
+        PIECES=triton.next_power_of_2(num_pieces),
+        PARTS=triton.next_power_of_2(num_parts),
+        RANK=_BOUND_RANK,
     )
+    _collect[(num_rows, num_pieces)](
+        logits, *limits, best_logits, bounds, counts, candidates, logits.stride(0), vocab_size, num_pieces,
+        PIECE=_PIECE, CANDIDATES=_MAX_CANDIDATES,
+    )  # fmt: skip
+    _race_candidates[(num_rows,)](
+        *state, best_logits, weights, counts, candidates, tokens, num_pieces,
+        PIECES=triton.next_power_of_2(num_pieces), CANDIDATES=_MAX_CANDIDATES, FAST=is_fast,
+    )  # fmt: skip
     _race_limited[(num_rows,)](
         logits,
         *state,
+        counts,
         tokens,
         logits.stride(0),
         vocab_size,
         PIECE=_LIMITED_PIECE,
         BITS=16 if logits.dtype == torch.bfloat16 else 32,
         FAST=is_fast,
-        num_warps=8,
+        num_warps=16,
     )
     return tokens
 
@@ -135,19 +173,30 @@ def _race_pieces(
     best_logits,
     best_noises,
     best_ids,
+    part_tops,
     stride,
     vocab_size,
     num_pieces,
     PIECE: tl.constexpr,
+    PART: tl.constexpr,
     FAST: tl.constexpr,
 ):
     i, piece = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + i)
-    if _is_limited(row, temperature, top_p, top_k, min_p):
-        return
     ids = piece * PIECE + tl.arange(0, PIECE)
     values = tl.load(logits + i.to(tl.int64) * stride + ids, mask=ids < vocab_size, other=-float("inf")).to(tl.float32)
     heat = tl.load(temperature + row)
+    at = i * num_pieces + piece
+    if _is_limited(row, temperature, top_p, top_k, min_p):
+        # The piece's largest logit, what its tokens weigh beside it, and the largest of its parts.
+        num: tl.constexpr = PIECE // PART
+        highest = tl.max(values, axis=0)
+        weight = tl.where(ids < vocab_size, tl.exp((values - highest) / tl.maximum(heat, 1e-5)), 0.0)
+        tl.store(best_logits + at, highest)
+        tl.store(best_noises + at, tl.sum(weight, axis=0))
+        tops = tl.max(tl.reshape(values, (num, PART)), axis=1)
+        tl.store(part_tops + at * num + tl.arange(0, num), tops)
+        return
     noise = tl.zeros((PIECE,), tl.float32)
     scores = values
     if heat > 0.0:
@@ -158,7 +207,6 @@ def _race_pieces(
         scores = tl.where(ids < vocab_size, scores, -float("inf"))
     best = tl.argmax(scores, axis=0)
     is_best = tl.arange(0, PIECE) == best
-    at = i * num_pieces + piece
     tl.store(best_logits + at, tl.sum(tl.where(is_best, values, 0.0), axis=0))
     tl.store(best_noises + at, tl.sum(tl.where(is_best, noise, 0.0), axis=0))
     tl.store(best_ids + at, piece * PIECE + best)
@@ -174,24 +222,148 @@ def _finish_race(
     best_logits,
     best_noises,
     best_ids,
+    part_tops,
+    bounds,
+    weights,
+    counts,
     tokens,
     num_pieces,
+    num_parts,
     PIECES: tl.constexpr,
+    PARTS: tl.constexpr,
+    RANK: tl.constexpr,
 ):
+    """The pieces' best, of a row without limits; of one with them, the bound of its candidates."""
     i = tl.program_id(0)
     row = tl.load(rows + i)
-    if _is_limited(row, temperature, top_p, top_k, min_p):
-        return
     pieces = tl.arange(0, PIECES)
     at = i * num_pieces + pieces
     values = tl.load(best_logits + at, mask=pieces < num_pieces, other=-float("inf"))
-    heat = tl.load(temperature + row)
+    heat = tl.maximum(tl.load(temperature + row), 1e-5)
+    top = tl.max(values, axis=0)
+    if _is_limited(row, temperature, top_p, top_k, min_p):
+        # The rank-th largest of parts is no larger than the rank-th largest of all.
+        parts = tl.arange(0, PARTS)
+        tops = tl.load(part_tops + i * num_parts + parts, mask=parts < num_parts, other=-float("inf"))
+        k = tl.load(top_k + row).to(tl.int32)
+        rank = tl.where(k > 0, k, tl.minimum(RANK, num_parts))
+        ordered = tl.sort(tops, descending=True)
+        bound = tl.max(tl.where(parts == rank - 1, ordered, -float("inf")), axis=0)
+        least_share = tl.load(min_p + row)
+        if least_share > 0.0:
+            # A little lower, for it is judged again with the plain sampler's arithmetic.
+            by_share = top + heat * tl.log(least_share) - 1e-3 * (1.0 + tl.abs(top))
+            bound = tl.maximum(tl.where(k > 0, bound, -float("inf")), by_share)
+        sums = tl.load(best_noises + at, mask=pieces < num_pieces, other=0.0)
+        tl.store(weights + i, tl.sum(tl.where(pieces < num_pieces, tl.exp((values - top) / heat) * sums, 0.0), axis=0))
+        tl.store(bounds + i, bound)
+        tl.store(counts + i, 0)
+        return
+    tl.store(counts + i, 0)
     scores = values
-    if heat > 0.0:
+    if tl.load(temperature + row) > 0.0:
         noise = tl.load(best_noises + at, mask=pieces < num_pieces, other=0.0)
-        scores = (values - tl.max(values, axis=0)) / tl.maximum(heat, 1e-5) + noise
+        scores = (values - top) / heat + noise
     best = tl.argmax(scores, axis=0)
     tl.store(tokens + i, tl.load(best_ids + i * num_pieces + best).to(tl.int64))
+
+
+@triton.jit
+def _collect(
+    logits,
+    rows,
+    temperature,
+    top_p,
+    top_k,
+    min_p,
+    best_logits,
+    bounds,
+    counts,
+    candidates,
+    stride,
+    vocab_size,
+    num_pieces,
+    PIECE: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    """Logits that reach the bound, with their ids, in no order."""
+    i, piece = tl.program_id(0), tl.program_id(1)
+    row = tl.load(rows + i)
+    if not _is_limited(row, temperature, top_p, top_k, min_p):
+        return
+    bound = tl.load(bounds + i)
+    if tl.load(best_logits + i * num_pieces + piece) < bound:
+        return
+    ids = piece * PIECE + tl.arange(0, PIECE)
+    values, order = _load_ordered(logits + i.to(tl.int64) * stride, ids, vocab_size, 32)
+    is_there = ((ids < vocab_size) & (values >= bound)).to(tl.int32)
+    first = tl.atomic_add(counts + i, tl.sum(is_there, axis=0))
+    place = first + tl.cumsum(is_there, axis=0) - is_there
+    packed = (order.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
+    tl.store(candidates + i * CANDIDATES + place, packed, mask=(is_there > 0) & (place < CANDIDATES))
+
+
+@triton.jit
+def _race_candidates(
+    rows,
+    temperature,
+    top_p,
+    top_k,
+    min_p,
+    seed,
+    sample,
+    positions,
+    best_logits,
+    weights,
+    counts,
+    candidates,
+    tokens,
+    num_pieces,
+    PIECES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Limits and race among the candidates, sorted; a row whose candidates are not enough has its count set to -1."""
+    i = tl.program_id(0)
+    row = tl.load(rows + i)
+    if not _is_limited(row, temperature, top_p, top_k, min_p):
+        return
+    count = tl.load(counts + i)
+    if count > CANDIDATES:
+        tl.store(counts + i, -1)
+        return
+    places = tl.arange(0, CANDIDATES)
+    lowest: tl.constexpr = -(1 << 63)
+    packed = tl.load(candidates + i * CANDIDATES + places, mask=places < count, other=lowest)
+    packed = tl.sort(packed, descending=True)
+    order = (packed >> 32).to(tl.int32)
+    ids = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+    values = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    pieces = tl.arange(0, PIECES)
+    tops = tl.load(best_logits + i * num_pieces + pieces, mask=pieces < num_pieces, other=-float("inf"))
+    heat = tl.maximum(tl.load(temperature + row), 1e-5)
+    score = tl.where(places < count, (values - tl.max(tops, axis=0)) / heat, -float("inf"))
+    k, least_share = tl.load(top_k + row).to(tl.int32), tl.load(min_p + row)
+    kept = places < count
+    if least_share > 0.0:
+        kept &= score >= tl.log(least_share)
+    if k > 0:
+        kept &= places < k
+    share = tl.load(top_p + row)
+    if share < 1.0:
+        weight = tl.where(kept, tl.exp(score), 0.0)
+        total = tl.sum(weight, axis=0)
+        whole = total
+        if (k == 0) & (least_share <= 0.0):
+            whole = tl.load(weights + i)
+            if total < share * whole:
+                tl.store(counts + i, -1)
+                return
+        kept &= (tl.cumsum(weight, axis=0) - weight < share * whole) | (places == 0)
+    key = _key(tl.load(seed + row), tl.load(sample + row), tl.load(positions + i))
+    race = tl.where(kept, score + _noise(key, ids, FAST), -float("inf"))
+    best = tl.argmax(race, axis=0)
+    tl.store(tokens + i, tl.sum(tl.where(places == best, ids, 0), axis=0).to(tl.int64))
 
 
 @triton.jit
@@ -215,6 +387,7 @@ def _race_limited(
     seed,
     sample,
     positions,
+    counts,
     tokens,
     stride,
     vocab_size: tl.constexpr,
@@ -222,10 +395,11 @@ def _race_limited(
     BITS: tl.constexpr,
     FAST: tl.constexpr,
 ):
+    """By threshold, for any limits."""
     i = tl.program_id(0)
-    row = tl.load(rows + i)
-    if not _is_limited(row, temperature, top_p, top_k, min_p):
+    if tl.load(counts + i) >= 0:
         return
+    row = tl.load(rows + i)
     logits += i.to(tl.int64) * stride
     heat = tl.maximum(tl.load(temperature + row), 1e-5)
     span = tl.arange(0, PIECE)
