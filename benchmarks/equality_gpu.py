@@ -288,6 +288,7 @@ def main() -> int:
     settings = EngineSettings(
         **common,
         max_batch_tokens=512,
+        max_num_seqs=64,  # fewer graphs to capture
         kv_tokens=512 if is_small else 12_288,
         lookahead=1,
         admission="headroom",

@@ -13,6 +13,7 @@ from worker.engine.attention import AttentionStep, AttentionTerms
 from worker.engine.backends.sdpa import SDPABackend
 from worker.engine.decode_step import Decoded, DecodeStep, graph_sizes
 from worker.engine.engine import Engine
+from worker.engine.row_state import RowState
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 256, 1000])
@@ -51,7 +52,7 @@ def test_padded_steps_that_ask_the_host_nothing_give_the_same_text(
 
     monkeypatch.setattr("worker.engine.engine.choose_backend", lambda *_: _Blind())
     monkeypatch.setattr(DecodeStep, "run", run)
-    monkeypatch.setattr(DecodeStep, "_sample", lambda step, logits, rows, positions: torch.argmax(logits, dim=-1))
+    monkeypatch.setattr(RowState, "draw", lambda state, logits, rows, positions: torch.argmax(logits, dim=-1))
     engine = Engine.start(settings_for(model_folder("qwen3"), lookahead=1))
 
     outcome = drive(engine, [new_sequence(i, prompt, 40) for i, prompt in enumerate(expected.prompts)])

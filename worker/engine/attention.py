@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from protocol.errors import ConfigurationError
+from worker.engine.kernels.obstacle import triton_obstacle
 from worker.engine.kernels.prefix_groups import PrefixGroups
 from worker.engine.kv_cache import KVCache
 
@@ -234,17 +235,6 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     from worker.engine.backends.sdpa import SDPABackend
 
     return SDPABackend()
-
-
-def triton_obstacle(device: torch.device) -> str | None:
-    """Why our Triton kernels do not run here; None where they do."""
-    if device.type != "cuda":
-        return f"the device is {device}, and Triton needs CUDA"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return None
 
 
 def flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

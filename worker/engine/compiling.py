@@ -5,6 +5,7 @@ layers stays as it is. Attention is opaque to the compiler: see `attention`.
 """
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import nn
 
 from worker.engine import attention
 from worker.engine.attention import LAYER_BUFFER
+from worker.engine.kernels.obstacle import triton_obstacle
 from worker.engine.probe import WholeStep, probe_tokens
 
 log = logging.getLogger("millrace.engine")
@@ -44,6 +46,30 @@ def compile_layers(model: Any, config: Any, num_layers: int) -> bool:
         return False
     log.info("layers compiled in %.1f s", time.perf_counter() - started)
     return True
+
+
+@contextmanager
+def building_sampler(vocab_size: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """The sampler's kernels are compiled in the meantime; one that fails is compiled again where it is needed, and
+    fails there for all to see."""
+    if triton_obstacle(device) is not None:
+        yield
+        return
+
+    def build() -> None:
+        from worker.engine.kernels.sampling import build
+
+        try:
+            build(vocab_size, dtype, device)
+        except Exception:
+            log.exception("the sampler's kernels cannot be compiled in advance")
+
+    thread = threading.Thread(target=build, name="build", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 @contextmanager

@@ -198,16 +198,9 @@ class DecodeStep:
         state.length[state.nobody :] = 0
         if host_lens is not None:
             return Decoded(logits, positions, None)
-        tokens = self._sample(logits, rows, positions)
+        tokens = state.draw(logits, rows, positions)
         state.last_token.index_copy_(0, rows, tokens)
         return Decoded(logits, positions, tokens)
-
-    def _sample(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        from worker.engine.kernels.sampling import sample_rows
-
-        state = self._state
-        limits = (state.temperature, state.top_p, state.top_k, state.min_p, state.seed, state.sample)
-        return sample_rows(logits, rows, *limits, positions + 1)
 
 
 def prefix_arrays(tiles: PrefixTiles, num_rows: int) -> dict[str, npt.NDArray[np.int64]]:

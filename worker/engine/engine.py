@@ -17,8 +17,10 @@ from protocol.frames import EngineReady, NewSequence, StepFrame, TokenScores
 from protocol.settings import EngineSettings
 from worker.engine.attention import choose_backend
 from worker.engine.cache_size import new_padded_scheduler, new_scheduler, num_cache_blocks, num_padded_tokens
+from worker.engine.kernels.obstacle import triton_obstacle
 from worker.engine.limits import check_limits, step_limits
 from worker.engine.loader import LoadedModel, load_model
+from worker.engine.memory import bound_memory
 from worker.engine.model_files import ENGINE_VERSION, files_digest, fingerprint, resolve_folder
 from worker.engine.padded_runner import PaddedRunner
 from worker.engine.runner import Runner, StepHandle
@@ -41,6 +43,8 @@ class Engine:
         if self.lookahead is None:
             self.lookahead = 1 if loaded.device.type == "cuda" else 0
         limits = step_limits(settings, loaded.device)
+        if loaded.device.type == "cuda":
+            bound_memory(loaded.device, settings)
         max_num_seqs = limits.max_num_seqs
         self.scheduler: Scheduler | PaddedScheduler
         if loaded.layout == "padded":
@@ -52,7 +56,8 @@ class Engine:
         else:
             backend = choose_backend(settings.attention, loaded.device, loaded.dtype)
             self.attention_name = backend.name
-            is_captured = settings.graphs and loaded.device.type == "cuda" and backend.is_capturable
+            has_kernels = triton_obstacle(loaded.device) is None
+            is_captured = settings.graphs and has_kernels and backend.is_capturable
             num_blocks = num_cache_blocks(loaded, settings, limits, backend, is_captured=is_captured)
             self.runner = Runner(
                 loaded, backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks, is_captured=is_captured

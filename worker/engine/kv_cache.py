@@ -3,12 +3,13 @@
 Letters: T tokens, N blocks, B block size, G key/value heads, E head size.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from worker.engine.kernels.obstacle import triton_obstacle
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._is_fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        self._is_fused = triton_obstacle(device) is None
         # Zeros: gathered padding is masked, but 0 * NaN from uninitialised memory would still be NaN.
         self._layers = [
             tuple(

@@ -13,7 +13,7 @@ from protocol.settings import EngineSettings
 from worker.engine import attention
 from worker.engine.attention import AttentionTerms
 from worker.engine.checkpoint import read_config, read_model
-from worker.engine.compiling import compile_layers
+from worker.engine.compiling import building_sampler, compile_layers
 from worker.engine.fusing import fuse_linears
 from worker.engine.kv_cache import LayerShape
 from worker.engine.memory import check_memory
@@ -129,7 +129,8 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
     )
     is_wanted = weight.device.type == "cuda" if settings.compile is None else settings.compile
     if layout == "packed" and is_wanted:
-        compile_layers(model, config, len(layers))
+        with building_sampler(len(model.get_output_embeddings().weight), weight.dtype, weight.device):
+            compile_layers(model, config, len(layers))
     return loaded
 
 

@@ -19,6 +19,8 @@ from worker.engine.model_files import weight_files
 log = logging.getLogger("millrace.engine")
 
 _GIB = 1 << 30
+#: Part of the memory that may lie in blocks too small for what is asked for.
+_FRAGMENTS = 0.05
 #: A safetensors header longer than this is no header.
 _MAX_HEADER_BYTES = 1 << 27
 
@@ -53,6 +55,11 @@ def available_bytes(device: torch.device, settings: EngineSettings) -> int:
         others = total - free - torch.cuda.memory_reserved(device)
         return int(total * settings.memory_fraction - others)
     return min(_machine_bytes(), _container_bytes())
+
+
+def bound_memory(device: torch.device, settings: EngineSettings) -> None:
+    """Torch gives unused blocks back rather than hold more than memory_fraction, and a little for fragments."""
+    torch.cuda.set_per_process_memory_fraction(min(settings.memory_fraction + _FRAGMENTS, 1.0), device)
 
 
 def check_cache(device: torch.device, num_bytes: int, num_tokens: int, settings: EngineSettings) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from batching.scheduler import StepPlan
 from batching.sequence import Sequence
+from worker.engine.kernels.obstacle import triton_obstacle
 
 Array = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 
@@ -20,6 +21,7 @@ Array = npt.NDArray[np.int64] | npt.NDArray[np.float32]
 class RowState:
     def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
         self.nobody = num_rows
+        self.has_kernels = triton_obstacle(device) is None
         self.max_blocks = max_blocks
         num = num_rows + 1
         self.last_token = torch.zeros(num, dtype=torch.int64, device=device)  # (R + 1,)
@@ -57,6 +59,14 @@ class RowState:
             rows = sent["new_rows"]
             for name in ("temperature", "top_p", "top_k", "min_p", "seed", "sample"):
                 getattr(self, name).index_copy_(0, rows, sent[name])
+
+    def draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (K,) of `rows` (K,) from logits (K, V) of the tokens at `positions` (K,), with kernels that ask the
+        host nothing."""
+        from worker.engine.kernels.sampling import sample_rows
+
+        limits = (self.temperature, self.top_p, self.top_k, self.min_p)
+        return sample_rows(logits, rows, *limits, self.seed, self.sample, positions + 1)
 
     def _note(self, admitted: Sequences[Sequence]) -> None:
         for seq in admitted:

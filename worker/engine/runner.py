@@ -115,13 +115,15 @@ class Runner:
             arrays |= self.decode.arrays(layout.rows, self._shared(plan))  # the graph knows the rest
         else:
             arrays |= wishes | self._arrays(plan, layout)
+            if wishes or not self.state.has_kernels:
+                arrays |= self._draw_arrays(layout)
         sent = send(arrays, self.device) if arrays else {}
         self.state.update(sent)
         if plan.copies:
             self.cache.copy_blocks(sent["copy_sources"], sent["copy_targets"])
         with self._scorer.watch(bool(plan.scored)):
             forward = self._forward(plan, layout, sent)
-        tokens, logprobs = self._sample(layout, sent, forward)
+        tokens, logprobs = self._sample(layout, sent, forward, has_wishes=bool(wishes))
         scores = None
         if plan.scored:
             scored = sent["scored"] if forward.places is None else forward.places[sent["scored"]]
@@ -149,12 +151,18 @@ class Runner:
             ).logits[0]
         return Forward(logits, positions)
 
-    def _sample(self, layout: PackedLayout, sent: dict[str, Tensor], forward: Forward) -> tuple[Tensor, Scores | None]:
+    def _sample(
+        self, layout: PackedLayout, sent: dict[str, Tensor], forward: Forward, *, has_wishes: bool
+    ) -> tuple[Tensor, Scores | None]:
         """Tokens (K,), and their log-probabilities where they are asked for."""
-        if forward.tokens is not None and "sampled_rows" not in sent:
+        if forward.tokens is not None and not has_wishes:
             return forward.tokens, None
         sampled_rows = sent["sampled_rows"]
         logits, raw = forward.logits, None
+        if self.state.has_kernels and not has_wishes:
+            tokens = self.state.draw(logits, sampled_rows, forward.positions[sent["sampled"]])
+            self.state.last_token.index_copy_(0, sampled_rows, tokens)
+            return tokens, None
         if "logprob_slots" in sent:
             # A copy, since adjusting may happen in place.
             raw = logits.index_select(0, sent["logprob_slots"])  # (A, V)
@@ -190,7 +198,7 @@ class Runner:
             arrays |= self.decode.arrays(layout.rows, self._shared(plan))
         elif (tiles := self._shared(plan)) is not None:
             arrays |= prefix_arrays(tiles, num_decode)
-        return arrays | self._draw_arrays(layout)
+        return arrays
 
     def _shared(self, plan: StepPlan) -> PrefixTiles | None:
         return plan.prefixes if plan.prefixes is not None and self.backend.shares_prefixes else None

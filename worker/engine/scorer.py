@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worker.engine.attention import triton_obstacle
+from worker.engine.kernels.obstacle import triton_obstacle
 from worker.engine.kernels.plain import plain_score_tokens
 
 #: Logits that exist at once, in bytes. On a GPU enough rows to keep its matrix units busy, with room for a head that

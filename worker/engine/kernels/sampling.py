@@ -37,6 +37,8 @@ def sample_rows(
 ) -> Tensor:
     """Token ids (D,) int64."""
     num_rows, vocab_size = logits.shape
+    if num_rows == 0:
+        return torch.empty(0, dtype=torch.int64, device=logits.device)
     num_pieces = triton.cdiv(vocab_size, _PIECE)
     best_logits = torch.empty(num_rows, num_pieces, dtype=torch.float32, device=logits.device)
     best_noises = torch.empty_like(best_logits)
@@ -102,6 +104,15 @@ def sample_rows(
         num_warps=16,
     )
     return tokens
+
+
+def build(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile all of it, by drawing two tokens."""
+    with torch.inference_mode(), torch.cuda.device(device):
+        logits = torch.zeros(2, vocab_size, dtype=dtype, device=device)
+        whole = torch.zeros(2, dtype=torch.int64, device=device)
+        floats = torch.ones(2, dtype=torch.float32, device=device)
+        sample_rows(logits, whole, floats, floats, whole, floats, whole, whole, whole)
 
 
 @triton.jit

@@ -1,0 +1,27 @@
+"""Compiled layers: the same text, one compilation for all layers and lengths."""
+
+import logging
+
+import pytest
+import torch
+
+from protocol.settings import EngineSettings
+from tests.engine.reference import build_model, drive, new_sequence, random_prompts
+from worker.engine.engine import Engine
+from worker.engine.loader import adopt
+
+
+@pytest.mark.timeout(600)
+def test_compiled_layers_give_the_same_text_from_one_compilation(caplog: pytest.LogCaptureFixture) -> None:
+    prompts = random_prompts(10, seed=4)
+    outputs = []
+    torch._dynamo.utils.counters.clear()
+    for is_compiled in (False, True):
+        settings = EngineSettings(device="cpu", dtype="float32", kv_tokens=4096, compile=is_compiled, lookahead=1)
+        with caplog.at_level(logging.INFO, logger="millrace.engine"):
+            engine = Engine(adopt(build_model("qwen3"), settings), settings)
+        outputs.append(drive(engine, [new_sequence(i, prompt, 16) for i, prompt in enumerate(prompts)]).outputs)
+
+    assert outputs[0] == outputs[1]
+    assert "layers compiled in" in caplog.text
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
