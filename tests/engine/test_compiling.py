@@ -12,6 +12,7 @@ from worker.engine.loader import adopt
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_compiled_layers_give_the_same_text_from_one_compilation(caplog: pytest.LogCaptureFixture) -> None:
     prompts = random_prompts(10, seed=4)
     outputs = []

@@ -42,7 +42,7 @@ def compile_layers(model: Any, config: Any, num_layers: int) -> bool:
     except (RuntimeError, TypeError, AttributeError) as error:  # torch's own errors are RuntimeErrors
         for layer in layers:
             layer._compiled_call_impl = None
-        log.warning("layers run uncompiled: %s", str(error).split("\n", 1)[0])
+        log.warning("layers run uncompiled: %s", " ".join(str(error).split("\n")[:2]))
         return False
     log.info("layers compiled in %.1f s", time.perf_counter() - started)
     return True
