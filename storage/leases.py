@@ -12,12 +12,14 @@ import msgspec
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Double,
     Update,
     bindparam,
     or_,
     select,
     update,
 )
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from protocol.priority import PRIORITIES
 from protocol.requests import Request, unpack_requests
@@ -35,6 +37,27 @@ _decode_params = msgspec.json.Decoder(SamplingParams).decode
 
 _JOB = select(jobs.c.params, jobs.c.priority, jobs.c.created_at).where(jobs.c.id == bindparam("job"))
 _REQUESTS = select(chunk_requests.c.requests).where(chunk_requests.c.chunk_id == bindparam("chunk"))
+
+
+_EXPIRED = (
+    select(chunks.c.id)
+    .where(chunks.c.model == bindparam("model"), is_leased, chunks.c.leased_until <= now_once())
+    .where(or_(chunks.c.owner != bindparam("owner"), chunks.c.id.not_in(bindparam("held", expanding=True))))
+    .order_by(chunks.c.leased_until)
+    .limit(1)
+    .with_for_update(skip_locked=True)
+)
+_CLAIM = (
+    update(chunks)
+    .where(chunks.c.id == bindparam("chunk"))
+    .values(
+        state="leased",
+        owner=bindparam("new_owner"),
+        attempt=chunks.c.attempt + 1,
+        leased_until=now() + bindparam("lease_s", type_=Double),
+    )
+    .returning(chunks, now().label("claimed_at"))
+)
 
 
 class _Resolved(msgspec.Struct):
@@ -75,8 +98,7 @@ class Held(msgspec.Struct, frozen=True):
 def claim(ledger: Ledger, chunk_id: int, owner: str, lease_s: float) -> Lease | None:
     """Lease one Chunk; None when it is unknown, finished, cancelled, or leased for some time yet, also to `owner`."""
     is_free = is_waiting | (is_leased & (chunks.c.leased_until <= now_once()))
-    claimed = _claiming(owner, lease_s).where(chunks.c.id == chunk_id, is_free)
-    return ledger.write(lambda connection: _lease(connection, claimed))
+    return ledger.write(lambda connection: _lease(connection, _CLAIM.where(is_free), chunk_id, owner, lease_s))
 
 
 def claim_next(
@@ -98,15 +120,11 @@ def claim_next(
     `intake_order.next_chunks`, made at least `min_age_s` ago; who has not been told of it by a message leaves younger
     ones to those who are.
     """
-    expired = select(chunks.c.id).where(chunks.c.model == model, is_leased, chunks.c.leased_until <= now_once())
-    if held:
-        expired = expired.where(or_(chunks.c.owner != owner, chunks.c.id.not_in(list(held))))
-    expired = expired.order_by(chunks.c.leased_until).limit(1).with_for_update(skip_locked=True)
 
     def work(connection: Connection) -> Lease | None:
-        ended = connection.execute(expired).scalars()
-        for chunk_id in chain(ended, next_chunks(connection, model, ranks, min_age_s)):
-            lease = _lease(connection, _claiming(owner, lease_s).where(chunks.c.id == chunk_id))
+        expired = connection.execute(_EXPIRED, {"model": model, "owner": owner, "held": list(held)}).scalars()
+        for chunk_id in chain(expired, next_chunks(connection, model, ranks, min_age_s)):
+            lease = _lease(connection, _CLAIM, chunk_id, owner, lease_s)
             if lease is not None:
                 return lease
         return None
@@ -185,18 +203,14 @@ def _release_where(ledger: Ledger, condition: ColumnElement[bool] | None) -> int
     return ledger.write(lambda connection: connection.execute(statement).rowcount)
 
 
-def _claiming(owner: str, lease_s: float) -> Update:
-    return update(chunks).values(
-        state="leased", owner=owner, attempt=chunks.c.attempt + 1, leased_until=now() + lease_s
-    )
-
-
 def _releasing() -> Update:
     return update(chunks).values(state="waiting", owner=None, leased_until=None)
 
 
-def _lease(connection: Connection, claimed: Update) -> Lease | None:
-    row = connection.execute(claimed.returning(chunks, now().label("claimed_at"))).one_or_none()
+def _lease(
+    connection: Connection, claim: ReturningUpdate[Any], chunk_id: int, owner: str, lease_s: float
+) -> Lease | None:
+    row = connection.execute(claim, {"chunk": chunk_id, "new_owner": owner, "lease_s": lease_s}).one_or_none()
     if row is None:
         return None
     job = connection.execute(_JOB, {"job": row.job_id}).one()

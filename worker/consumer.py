@@ -16,11 +16,15 @@ from protocol.celery_app import CALL_TASKS, CHUNK_TASK, interactive_queue
 
 logger = logging.getLogger("millrace.worker")
 
+#: How long an event may wait for others, to be published with them.
+_EVENTS_DELAY_S = 0.1
 #: Characters of a name from outside that go into the log.
 _MAX_NAME = 100
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
+    _is_flush_due = False
+
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """kombu 5.7 would put unacked messages back through the connection that has just been lost, and end the worker
         with an AttributeError. They are safe without that: the ledger has every Chunk, claimed or not, and calls are
@@ -29,6 +33,16 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
             self.task_consumer.channel.qos.restore_at_shutdown = False
             self.app.millrace.interactive.connection_lost()
         super().on_connection_error_after_connected(exc)
+
+    def on_send_event_buffered(self) -> None:
+        """Celery would publish after every event, which costs a worker more than the events' Chunk."""
+        if not self._is_flush_due and self.hub:
+            self._is_flush_due = True
+            self.hub.call_later(_EVENTS_DELAY_S, self._flush_due_events)
+
+    def _flush_due_events(self) -> None:
+        self._is_flush_due = False
+        self._flush_events()
 
     def update_strategies(self) -> None:
         """Celery's built-in tasks are left to other workers, as everything else that is not served here."""
