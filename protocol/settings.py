@@ -124,7 +124,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     num_engines: int | None = None
     """Engines of one worker; unset: one per visible GPU where engine.device is auto, else one."""
 
-    chunk_requests: int = 512
+    chunk_requests: int = 1024
     """Requests per Chunk, that is per queue message, at most; a Job's first 2048 lines make Chunks of 64."""
     chunk_bytes: int = 2_097_152
     """Bytes of prompt text per Chunk at most, and 4096 per Request, so that long prompts spread over workers too."""

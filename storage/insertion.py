@@ -1,6 +1,6 @@
 """Inserting many rows, leaving out those that are already there, in the way that is fast on each database."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,16 +25,20 @@ def insert_new(
     """
     if not rows:
         return 0
-    statement = _statement(connection.dialect, table, names, stamped)
     columns: list[Sequence[Any]] = list(zip(*rows, strict=True))
+    # Most columns of a kind of Result are empty, and costs are by the value.
+    filled = [i for i, values in enumerate(columns) if values.count(None) < len(rows)]
+    names, columns = tuple(names[i] for i in filled), [columns[i] for i in filled]
+    statement = _statement(connection.dialect, table, names, stamped)
     for i, name in enumerate(names):
         if isinstance(table.c[name].type, FreeText):
             columns[i] = [None if value is None else escape(value) for value in columns[i]]
     parameters: Any = list(zip(*columns, strict=True))
     if connection.dialect.name == "postgresql":
         # One array for each column: psycopg looks for every placeholder of a statement in Python, and with one for
-        # each value that takes several times as long as the database needs for the rows.
-        parameters = {name: list(values) for name, values in zip(names, columns, strict=True)}
+        # each value that takes several times as long as the database needs for the rows. So does its way to write a
+        # list as an array.
+        parameters = {name: array_literal(values) for name, values in zip(names, columns, strict=True)}
     options = {"preserve_rowcount": True}
     return connection.exec_driver_sql(statement, parameters, execution_options=options).rowcount
 
@@ -53,3 +57,18 @@ def _statement(dialect: Dialect, table: Table, names: tuple[str, ...], stamped: 
     selected = select(*source.c, *(now() for _ in stamped))
     from_arrays = postgresql.insert(table).from_select([*names, *stamped], selected)
     return str(from_arrays.on_conflict_do_nothing().compile(dialect=dialect))
+
+
+def array_literal(values: Iterable[str | bytes | bool | int | float | None]) -> str:
+    """As PostgreSQL reads an array of any type."""
+    return "{" + ",".join([_element(value) for value in values]) + "}"
+
+
+def _element(value: str | bytes | bool | int | float | None) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, bytes):
+        return '"\\\\x' + value.hex() + '"'
+    return repr(value)

@@ -1,6 +1,8 @@
 """Leases: the right to work on a Chunk until a time by the database's clock, fenced by the attempt.
 
 A lease whose time has passed is still its owner's until somebody else claims the Chunk and so raises the attempt.
+Claims and renewals do not wait for the disk: a database that forgets one in a power cut gives the Chunk to another
+owner, whose name fences the first one off.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -98,7 +100,8 @@ class Held(msgspec.Struct, frozen=True):
 def claim(ledger: Ledger, chunk_id: int, owner: str, lease_s: float) -> Lease | None:
     """Lease one Chunk; None when it is unknown, finished, cancelled, or leased for some time yet, also to `owner`."""
     is_free = is_waiting | (is_leased & (chunks.c.leased_until <= now_once()))
-    return ledger.write(lambda connection: _lease(connection, _CLAIM.where(is_free), chunk_id, owner, lease_s))
+    claim = _CLAIM.where(is_free)
+    return ledger.write(lambda connection: _lease(connection, claim, chunk_id, owner, lease_s), is_flushed=False)
 
 
 def claim_next(
@@ -129,7 +132,7 @@ def claim_next(
                 return lease
         return None
 
-    return ledger.write(work)
+    return ledger.write(work, is_flushed=False)
 
 
 def renew(ledger: Ledger, owner: str, held: Mapping[int, int], lease_s: float) -> set[int]:
@@ -142,7 +145,7 @@ def renew(ledger: Ledger, owner: str, held: Mapping[int, int], lease_s: float) -
             connection.execute(extended)
         return kept
 
-    return ledger.write(work) if held else set()
+    return ledger.write(work, is_flushed=False) if held else set()
 
 
 def still_leased(ledger: Ledger, owner: str, held: Mapping[int, int]) -> set[int]:

@@ -60,6 +60,7 @@ class Ledger:
                 "Millrace's folder"
             ) from error
         self._writer = self._engine.execution_options(is_write=True)
+        self._light_writer = self._engine.execution_options(is_write=True, is_flushed=False)
         self._proven: set[Engine] = set()
 
     def migrate(self) -> None:
@@ -91,13 +92,16 @@ class Ledger:
         """
         return self._transact(self._engine, work)
 
-    def write(self, work: Callable[[Connection], T]) -> T:
+    def write(self, work: Callable[[Connection], T], *, is_flushed: bool = True) -> T:
         """Run `work` in a transaction and commit it. Raises as `read` does.
+
+        With `is_flushed=False` the commit does not wait for the disk, and if the database's machine loses power within
+        the next moment it may never have been: for what nobody is told of but those who would notice.
 
         `work` runs again when the connection or a deadlock was lost, also when the COMMIT itself may have landed: it
         must find out for itself what is already there.
         """
-        return self._transact(self._writer, work)
+        return self._transact(self._writer if is_flushed else self._light_writer, work)
 
     def close(self) -> None:
         """Close all pooled connections."""
@@ -191,6 +195,7 @@ def _make_engine(url: URL) -> Engine:
         pool_pre_ping=True,
         connect_args={name: value for name, value in defaults.items() if name not in url.query},
     )
+    event.listen(engine, "begin", _begin_postgresql)
     event.listen(engine, "handle_error", _hide_row)
     event.listen(engine, "handle_error", _leave_standby)
     return engine
@@ -218,7 +223,6 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA foreign_keys = ON")
-    # In WAL mode only FULL makes a committed Result survive a power cut.
     cursor.execute("PRAGMA synchronous = FULL")
     if cursor.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         _switch_to_wal(cursor)
@@ -240,5 +244,15 @@ def _switch_to_wal(cursor: sqlite3.Cursor) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     # A transaction that reads first and writes later cannot wait for its turn to write: SQLite fails it at once.
-    is_write = connection.get_execution_options().get("is_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+    options = connection.get_execution_options()
+    if not options.get("is_write", False):
+        connection.exec_driver_sql("BEGIN")
+        return
+    # In WAL mode only FULL makes a committed Result survive a power cut; with NORMAL the next one that is FULL does.
+    connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if options.get('is_flushed', True) else 'NORMAL'}")
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    if not connection.get_execution_options().get("is_flushed", True):
+        connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
