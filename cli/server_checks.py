@@ -29,14 +29,14 @@ _LARGE_WAL_BYTES = 1 << 30
 
 def check_redis(settings: Settings) -> Iterator[Finding]:
     """Reachable, new enough, keeping what it is given, and how long the queue is."""
-    from redis import Redis
     from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
     from protocol.celery_app import chunk_queues
+    from storage.optional_redis import connect
 
     shown = shown_broker(settings.broker_url)
-    url = settings.broker_url.replace("redis+socket://", "unix://", 1)
-    with Redis.from_url(url, socket_timeout=_REDIS_TIMEOUT_S, socket_connect_timeout=_REDIS_TIMEOUT_S) as client:
+    timeouts = {"socket_timeout": _REDIS_TIMEOUT_S, "socket_connect_timeout": _REDIS_TIMEOUT_S}
+    with connect(settings.broker_url, **timeouts) as client:
         try:
             pings = [_timed_ping(client) for _ in range(_NUM_PINGS)]
             info: dict[str, Any] = client.info()

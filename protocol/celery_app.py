@@ -9,6 +9,7 @@ from celery import Celery
 
 from protocol.priority import PRIORITIES, Priority, rank
 from protocol.requests import Kind
+from protocol.sentinels import parse_sentinels
 from protocol.settings import Settings
 
 CHUNK_TASK = "millrace.chunk"
@@ -57,7 +58,9 @@ def interactive_queue(model: str) -> str:
 
 def make_app(settings: Settings) -> Celery:
     """A configured app; connects to nothing."""
-    app = Celery("millrace", broker=settings.broker_url, backend=settings.broker_url, set_as_current=False)
+    sentinels = parse_sentinels(settings.broker_url)
+    url = settings.broker_url if sentinels is None else sentinels.celery_url
+    app = Celery("millrace", broker=url, backend=url, set_as_current=False)
     app.conf.update(
         task_serializer="msgpack",
         result_serializer="json",
@@ -78,6 +81,9 @@ def make_app(settings: Settings) -> Celery:
         },
         broker_transport_options={"unacked_restore_interval": 1, "unacked_restore_throttle": 1},
     )
+    if sentinels is not None:
+        app.conf.broker_transport_options |= sentinels.celery_options
+        app.conf.result_backend_transport_options |= sentinels.celery_options
     return app
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from protocol.errors import ConfigurationError
 from protocol.faults import FAULT_VARIABLE
+from protocol.sentinels import SCHEME, parse_sentinels
 
 ENV_PREFIX = "MILLRACE_"
 CONFIG_VARIABLE = "MILLRACE_CONFIG"
@@ -58,7 +59,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 #: Transports of Celery that are a Redis: known answers and the bell's messages are kept in the same one.
-_BROKER_SCHEMES = ("redis", "rediss", "redis+socket")
+_BROKER_SCHEMES = ("redis", "rediss", "redis+socket", SCHEME)
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,7 +113,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Everything that can be configured. In TOML the engine's part is the table [engine]."""
 
     broker_url: str = "redis://127.0.0.1:6379/0"
-    """Redis: the queue, Celery's results and the hot copy of answers. `rediss://` is TLS."""
+    """Redis: the queue, Celery's results and the hot copy of answers. `rediss://` is TLS, `sentinel://` Sentinels."""
     database_url: str = "sqlite:///millrace.db"
     """The ledger: SQLite, with a broker on the same machine only, or `postgresql+psycopg://user:password@host/name`."""
     model_name: str | None = None
@@ -177,8 +178,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         self.check()
         if not self.database_url.startswith("sqlite"):
             return
-        host = urlsplit(self.broker_url).hostname or "localhost"
-        if self.broker_url.startswith("redis+socket://") or _is_this_machine(host):
+        sentinels = parse_sentinels(self.broker_url)
+        hosts = [urlsplit(self.broker_url).hostname or "localhost"] if sentinels is None else dict(sentinels.hosts)
+        host = next((host for host in hosts if not _is_this_machine(host)), None)
+        if self.broker_url.startswith("redis+socket://") or host is None:
             return
         raise ConfigurationError(
             f"database_url is SQLite ({self.database_url}) but the broker is on another machine ({host}): workers "
@@ -253,6 +256,8 @@ def _check_names(values: Mapping[str, Any], struct: type[msgspec.Struct], source
 
 def _check_broker(url: str) -> None:
     """The message leaves the URL out: it may hold a password."""
+    if parse_sentinels(url) is not None:
+        return
     try:
         parts = urlsplit(url)
         _ = parts.port

@@ -1,15 +1,18 @@
 """OptionalRedis: the queue's Redis, for what may get lost: when it does not answer, it counts as absent for a while."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from redis.sentinel import Sentinel
 
 from protocol.errors import BrokerUnavailable, ConfigurationError
+from protocol.sentinels import parse_sentinels
 
 T = TypeVar("T")
 
@@ -17,14 +20,27 @@ T = TypeVar("T")
 _PAUSE_S = 5.0
 #: Seconds a command may take: whatever it is for is in SQL too, so waiting longer never pays.
 _TIMEOUT_S = 2.0
+_NO_CLUSTER = (
+    "MILLRACE_BROKER_URL names a node of a Redis Cluster, which Celery's queues cannot use: their commands take "
+    "several keys, which a cluster keeps on different nodes. Use a single Redis, or one with replicas behind Sentinel "
+    "(sentinel://host:26379/0?master_name=NAME): the queue is small, since the database keeps everything"
+)
 
 
 def connect(broker_url: str, **options: Any) -> Redis:
     """A client of the queue's own Redis, returning bytes; `broker_url` as Celery takes it. Connects to nothing yet."""
+    options = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S, **options}
+    timeouts = {name: options[name] for name in ("socket_timeout", "socket_connect_timeout")}
+    sentinels = parse_sentinels(broker_url)
+    if sentinels is not None:
+        login = {"username": sentinels.username, "password": sentinels.password, "db": sentinels.database}
+        own: dict[str, Any] = {**timeouts, **sentinels.own}
+        found: Any = cast(Any, Sentinel)(sentinels.hosts, sentinel_kwargs=own)
+        master: Redis = found.master_for(sentinels.master_name, **login, **options)
+        return master
     # Celery has its own name for a Unix socket.
     url = broker_url.replace("redis+socket://", "unix://", 1)
-    timeouts = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
-    redis: Redis = Redis.from_url(url, **timeouts, **options)
+    redis: Redis = Redis.from_url(url, **options)
     return redis
 
 
@@ -35,10 +51,15 @@ def shown_broker(broker_url: str) -> str:
 
 
 def check_login(broker_url: str) -> None:
-    """Raises ConfigurationError when Redis refuses the login, and BrokerUnavailable when it does not answer."""
+    """Raises ConfigurationError when Redis refuses the login or is a cluster, BrokerUnavailable when it is away."""
     with connect(broker_url) as redis:
         try:
             redis.ping()
+            # Whoever may not ask is believed.
+            with contextlib.suppress(NoPermissionError):
+                is_cluster = redis.info("cluster").get("cluster_enabled") == 1
+                if is_cluster:
+                    raise ConfigurationError(_NO_CLUSTER)
         except RedisError as error:
             raise translated(error, broker_url) from error
 
