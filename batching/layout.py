@@ -1,6 +1,7 @@
 """The packed layout of a step: all its tokens in one flat row, decode rows first, then prefill pieces.
 
-Letters: S segments, T tokens, D decode rows, P = T - D prefill tokens, K sampled positions, C scored ones.
+Letters: S segments, T tokens, D decode rows, P = T - D prefill tokens, K sampled positions, C scored ones,
+U duplicated ones.
 """
 
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class PackedLayout:
     sampled_rows: Int64s  # (K,)
     scored: Int64s  # (C,) indices into the flat row whose logits score the next token of the prompt
     score_targets: Int64s  # (C,) that token
+    duplicated: Int64s  # (U,) indices into the flat row of tokens whose K and V are written twice
+    duplicate_blocks: Int64s  # (U,) where to, at the same place in the block
 
 
 def pack(plan: StepPlan) -> PackedLayout:
@@ -42,6 +45,7 @@ def pack(plan: StepPlan) -> PackedLayout:
     positions = np.arange(cu_query_lens[-1], dtype=np.int64) + np.repeat(starts - first, query_lens)
     sampled = np.array(plan.sampled, dtype=np.int64)
     scored, targets = _scored(plan, first)
+    duplicated, duplicate_blocks = _duplicated(plan, first)
     pieces = [
         seq.tokens(start, start + num)
         for seq, start, num in zip(
@@ -62,6 +66,8 @@ def pack(plan: StepPlan) -> PackedLayout:
         sampled_rows=rows[sampled],
         scored=scored,
         score_targets=targets,
+        duplicated=duplicated,
+        duplicate_blocks=duplicate_blocks,
     )
 
 
@@ -71,6 +77,14 @@ def _scored(plan: StepPlan, first: Int64s) -> tuple[Int64s, Int64s]:
     places = [np.arange(a - 1, b - 1) - plan.starts[segment] + first[segment] for segment, a, b in plan.scored]
     targets = [plan.sequences[segment].tokens(a, b) for segment, a, b in plan.scored]
     return np.concatenate(places, dtype=np.int64), np.concatenate(targets, dtype=np.int64)
+
+
+def _duplicated(plan: StepPlan, first: Int64s) -> tuple[Int64s, Int64s]:
+    if not plan.duplicates:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    places = [np.arange(a, b) - plan.starts[segment] + first[segment] for segment, a, b, _ in plan.duplicates]
+    blocks = [np.full(b - a, block) for _, a, b, block in plan.duplicates]
+    return np.concatenate(places, dtype=np.int64), np.concatenate(blocks, dtype=np.int64)
 
 
 def _cumulative(lens: Int64s) -> Int32s:

@@ -21,6 +21,7 @@ from batching.block_manager import BlockManager, content_name
 from batching.fair_share import FairShare
 from batching.peak_demand import PeakDemand
 from batching.sequence import Sequence, SequenceState
+from batching.shared_contexts import SharedContexts
 from batching.shared_prefixes import PrefixTiles, SharedPrefixes
 from batching.shared_prompt import SharedPrompt
 from batching.urgency_queue import UrgencyQueue
@@ -53,6 +54,9 @@ class StepPlan:
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
     #: Blocks to copy before anything of this step is written, as (from, to). No block is in both places.
     copies: list[tuple[int, int]] = field(default_factory=list)
+    #: Tokens of this step whose K and V are written to another block as well, as (segment, first position, position
+    #: after the last, block).
+    duplicates: list[tuple[int, int, int, int]] = field(default_factory=list)
     prefixes: PrefixTiles | None = None  # of the decode rows, where reading them once for several rows pays
     num_prefix_hit_tokens: int = 0  # of those admitted: not computed, since their K and V are there already
 
@@ -69,6 +73,9 @@ class StepPlan:
     def num_padding_tokens(self) -> int:
         """Computed beside them for nobody: none in a flat row."""
         return 0
+
+    def segment_of(self, seq: Sequence) -> int | None:
+        return next((i for i in range(self.num_decode, len(self.sequences)) if self.sequences[i] is seq), None)
 
     def append(self, seq: Sequence, num_tokens: int, *, is_sampled: bool) -> None:
         segment, end = len(self.sequences), seq.num_computed + num_tokens
@@ -89,11 +96,13 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What is there already of a Sequence's known tokens: full blocks to share, and a block to copy the rest from."""
+    """What is there already of a Sequence's known tokens: full blocks to share, and where the rest is to be had: from
+    a block to copy, or from what a segment of this very step writes."""
 
     blocks: list[int] = field(default_factory=list)
     num_tokens: int = 0
     copied: int | None = None
+    segment: int | None = None
 
 
 @dataclass(slots=True)
@@ -125,6 +134,7 @@ class Scheduler:
         self.admission = admission
         self.headroom_tokens = headroom_tokens
         self.prefix_reuse = prefix_reuse
+        self._contexts = SharedContexts()
         self.prefixes = SharedPrefixes(self.max_num_seqs, blocks.block_size, blocks.num_holders)
         self.num_preemptions = 0
         self._num_arrivals = 0
@@ -224,7 +234,7 @@ class Scheduler:
             num_before, num_beside = self._num_taken(seq.priority)
             if num_before >= self.max_batch_tokens:
                 return
-            prefix, self._demand = self._find_prefix(seq), None
+            prefix, self._demand = self._find_prefix(seq, plan), None
             has_token = num_before + num_beside < self.max_batch_tokens
             if has_token and self._free_rows and self._has_room(seq, prefix):
                 self._waiting.pop()
@@ -272,7 +282,7 @@ class Scheduler:
             # One that was preempted with a token in flight has not all of its text here yet.
             if seq.num_in_flight or self._no_room == (seq, self.blocks.num_changes):
                 return
-            prefix = self._find_prefix(seq)
+            prefix = self._find_prefix(seq, plan)
             if not self._has_room(seq, prefix):
                 self._no_room = (seq, self.blocks.num_changes)
                 return
@@ -312,9 +322,13 @@ class Scheduler:
         self._append_blocks(plan, seq, self.blocks.allocate(self.blocks.blocks_for(seq.num_tokens) - num_shared))
         if prefix.copied is not None:
             plan.copies.append((prefix.copied, seq.block_table[num_shared]))
+        if prefix.segment is not None:
+            first = num_shared * self.blocks.block_size
+            plan.duplicates.append((prefix.segment, first, prefix.num_tokens, seq.block_table[num_shared]))
+        self._contexts.admit(seq)
         self.prefixes.join(seq, num_shared)
 
-    def _find_prefix(self, seq: Sequence) -> Prefix:
+    def _find_prefix(self, seq: Sequence, plan: StepPlan) -> Prefix:
         block_size, num_tokens = self.blocks.block_size, seq.num_reusable
         holder = seq.shared_prompt.holder if seq.shared_prompt is not None else None
         if holder is not None and not seq.output_ids:
@@ -323,7 +337,14 @@ class Scheduler:
             return Prefix(holder.block_table[:num_full], num_tokens, copied)
         if not self.prefix_reuse:
             return Prefix()
-        num_full = num_tokens // block_size
+        num_full, rest = divmod(num_tokens, block_size)
+        if rest and (holder := self._contexts.holder(seq)) is not None:
+            full = holder.block_table[:num_full]
+            segment = plan.segment_of(holder)
+            if segment is None or plan.starts[segment] >= num_tokens:
+                return Prefix(full, num_tokens, copied=holder.block_table[num_full])
+            if plan.starts[segment] <= num_full * block_size:
+                return Prefix(full, num_tokens, segment=segment)
         self._name_blocks(seq, num_full)
         blocks = self.blocks.find(seq.block_names[:num_full])
         return Prefix(blocks, len(blocks) * block_size)
@@ -334,6 +355,7 @@ class Scheduler:
             if seq.shared_prompt is not None and self._has_prompt(seq):
                 for waiting in seq.shared_prompt.hold(seq):
                     self._waiting.push(waiting)
+        self._contexts.renew(plan.admitted)
 
     def _has_prompt(self, seq: Sequence) -> bool:
         return seq.state is SequenceState.RUNNING and seq.num_computed >= seq.num_prompt_tokens
@@ -398,6 +420,7 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.prefixes.leave(seq)
+        self._contexts.release(seq)
         self.blocks.free(seq.block_table)
         seq.block_table = []
         self._free_rows.append(seq.row)

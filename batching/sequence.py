@@ -28,6 +28,7 @@ class Sequence:
         "arrival",
         "block_names",
         "block_table",
+        "context_name",
         "deadline",
         "fair_start",
         "job",
@@ -113,6 +114,7 @@ class Sequence:
         self.block_names: list[bytes] = []  # of the leading full blocks, as far as they were asked for
         self.arrival = 0  # among all Sequences the scheduler was given
         self.shared_prompt: SharedPrompt | None = None
+        self.context_name: bytes | None = None  # while running, of what is scored behind
         self.row = -1  # index of the per-row state on the device while running
 
     @property

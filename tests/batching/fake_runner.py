@@ -48,6 +48,9 @@ class FakeRunner:
         blocks = self.block_table[token_rows, layout.positions // self.block_size]
         assert len(set(zip(blocks.tolist(), (layout.positions % self.block_size).tolist(), strict=True))) == len(blocks)
         self.cache[blocks, layout.positions % self.block_size] = token_ids
+        self.cache[layout.duplicate_blocks, layout.positions[layout.duplicated] % self.block_size] = token_ids[
+            layout.duplicated
+        ]
         self.length[layout.rows] = layout.kv_lens
 
         self.num_computed_tokens += len(token_ids)

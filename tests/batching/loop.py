@@ -62,6 +62,7 @@ class Loop:
     num_hit_tokens: int = 0
     num_copies: int = 0
     num_grouped_steps: int = 0
+    num_duplicating_steps: int = 0
     admitted: list[int] = field(default_factory=list)
     num_scored: dict[Sequence, int] = field(default_factory=dict)
 
@@ -168,6 +169,7 @@ class Loop:
         self.check_prefixes(plan)
         self.num_hit_tokens += plan.num_prefix_hit_tokens
         self.num_copies += len(plan.copies)
+        self.num_duplicating_steps += bool(plan.duplicates)
         self.admitted.extend(seq.seq_id for seq in plan.admitted)
 
     def check_prefixes(self, plan: StepPlan) -> None:

@@ -1,5 +1,6 @@
 """What Sequences share: prefixes that are there already, and the prompt of samples."""
 
+import random
 from typing import Any
 
 import pytest
@@ -128,3 +129,42 @@ def test_a_score_is_computed_at_every_position_that_is_asked_for_and_no_other() 
         hits.append(loop.num_hit_tokens - before)
 
     assert hits == [0, 8, 8]  # the token at 12 is scored by the logits at 11
+
+
+@LOOKAHEADS
+@pytest.mark.parametrize("max_batch_tokens", [64, 13, 7])
+def test_a_context_is_computed_once_for_all_that_is_scored_behind_it(max_batch_tokens: int, lookahead: int) -> None:
+    loop = Loop(roomy(max_batch_tokens=max_batch_tokens, lookahead=lookahead))
+    for seq_id in range(7):
+        loop.add(seq_id, Arrival(alike(11, 50 + seq_id, 60), 0, score_from=11))
+    loop.run()
+
+    # All but the context's last token, whose logits everybody needs. Without lookahead nobody may be left from the step
+    # before, and then what is beyond full blocks is computed again, once a step.
+    num_again = 6 * 10 - loop.num_hit_tokens
+    assert num_again == 0 if lookahead or max_batch_tokens == 64 else num_again <= 2 * loop.num_steps
+    assert loop.runner.num_computed_tokens == 13 + 6 * 3 + num_again
+    assert len(loop.finished) == 7
+
+
+@LOOKAHEADS
+def test_contexts_stay_apart_whatever_is_scored_or_generated_beside_them(lookahead: int) -> None:
+    rng = random.Random(lookahead)
+    num_hits = num_copies = num_duplicating_steps = 0
+    for _ in range(30):
+        limits = roomy(max_batch_tokens=rng.choice((9, 40)), num_blocks=16, lookahead=lookahead)
+        loop = Loop(limits)
+        for seq_id in range(rng.randint(10, 25)):
+            context = alike(6, *([7] * rng.randint(0, 1)))
+            prompt = [*context, *(rng.randint(1, 3) for _ in range(rng.randint(1, 4)))]
+            score_from = rng.choice((len(context), len(context), 1, None))
+            loop.add(seq_id, Arrival(prompt, rng.randint(score_from is None, 4), score_from=score_from))
+            if rng.random() < 0.2:
+                loop.step()
+        loop.run()  # the runner looks at every position that is attended to
+        num_hits += loop.num_hit_tokens
+        num_copies += loop.num_copies
+        num_duplicating_steps += loop.num_duplicating_steps
+    assert num_hits > 200
+    assert num_copies > 20
+    assert num_duplicating_steps > 20

@@ -104,3 +104,27 @@ def test_logits_are_made_in_pieces_of_bounded_size(
 
     assert max(sizes) == 16
     assert sum(sizes) == sum(len(p) - 1 for p in random_prompts(9, seed=6))
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_context_is_computed_once_and_every_continuation_scored(
+    family: str, lookahead: int, model_folder: Callable[[str], Path]
+) -> None:
+    """As multiple-choice evaluation sends them; contexts end within a block, and one is shorter than any."""
+    contexts = [random_prompts(1, seed=i, max_len=60)[0] + [7] * num for i, num in ((31, 5), (32, 30), (33, 1))]
+    contexts[2] = contexts[2][:9]
+    prompts = [context + end for context in contexts for end in random_prompts(4, seed=len(context), max_len=6)]
+    starts = [len(context) for context in contexts for _ in range(4)]
+    expected = plain_logprobs(model_folder(family), prompts)
+    engine = Engine.start(settings_for(model_folder(family), lookahead=lookahead))
+
+    sequences = [
+        new_sequence(i, prompt, 0, score_from=start, num_top=2)
+        for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True))
+    ]
+    run = drive(engine, sequences, wave=12)
+
+    for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+        assert_scores(run, i, prompt, start, 2, expected[i])
+    assert run.num_prefix_hit_tokens == sum(3 * (len(context) - 1) for context in contexts)

@@ -105,11 +105,15 @@ class AttentionStep:
     query_lens: npt.NDArray[np.int64]  # (S,)
     kv_lens: npt.NDArray[np.int64]  # (S,)
     prefixes: PrefixGroups | None = None  # of the decode rows
+    duplicates: tuple[Tensor, Tensor] | None = None  # (U,) tokens and further slots for their K and V, int64
     #: What the backend works out once for all layers of the step.
     plans: dict[Any, Any] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
         k_cache, v_cache = self.cache.write(layer, self.slots, key, value)
+        if self.duplicates is not None:
+            tokens, slots = self.duplicates
+            self.cache.write(layer, slots, key.index_select(0, tokens), value.index_select(0, tokens))
         return self.backend.attend(query, k_cache, v_cache, self, terms)
 
 

@@ -192,6 +192,8 @@ class Runner:
         }
         if len(layout.scored):
             arrays["scored"], arrays["score_targets"] = layout.scored, layout.score_targets
+        if plan.duplicates:
+            arrays["duplicated"], arrays["duplicate_blocks"] = layout.duplicated, layout.duplicate_blocks
         if plan.copies:
             arrays["copy_sources"], arrays["copy_targets"] = np.array(plan.copies, dtype=np.int64).T.copy()
         if plan.is_decode_only:
@@ -226,6 +228,10 @@ class Runner:
         if "prefix_lens" in sent:
             members = sent["prefix_members"].int().view(-1, MAX_MEMBERS)
             prefixes = PrefixGroups(members, sent["prefix_lens"].int(), sent["prefix_starts"].int())
+        duplicates = None
+        if "duplicated" in sent:
+            duplicated = sent["duplicated"]
+            duplicates = duplicated, sent["duplicate_blocks"] * block_size + positions[duplicated] % block_size
         return AttentionStep(
             cache=self.cache,
             backend=self.backend,
@@ -240,6 +246,7 @@ class Runner:
             query_lens=layout.query_lens[num_decode:],
             kv_lens=layout.kv_lens[num_decode:],
             prefixes=prefixes,
+            duplicates=duplicates,
         )
 
     def _gather_draws(self, sent: dict[str, Tensor], sampled_rows: Tensor, positions: Tensor) -> Draws:
