@@ -108,3 +108,8 @@ def make_worker_app(settings: Settings) -> Celery:
         "visibility_timeout": settings.lease_seconds,
     }
     return app
+
+
+def make_watching_app(broker_url: str) -> Celery:
+    """An app that only looks on: it has no result backend, and so cannot show anybody's answers."""
+    return Celery("millrace", broker=broker_url, set_as_current=False)

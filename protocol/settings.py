@@ -146,6 +146,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """An engine that has work and finishes no step for so long is killed; unset: 60 on CUDA, 600 on a CPU."""
     drain_seconds: float = 20.0
     """How long a worker that is to stop goes on with what it has begun, before it gives the rest back."""
+    flower_user: str = "millrace"
+    """Who may see `millrace flower`."""
+    flower_password: str | None = None
+    """Their password; without one, Flower listens on the loopback alone and has no API."""
     log_level: str = "INFO"
     """The lowest level that a worker logs."""
 

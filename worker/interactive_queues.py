@@ -13,6 +13,7 @@ from typing import Any
 
 from celery import bootsteps
 from celery.worker.consumer.tasks import Tasks
+from celery.worker.control import inspect_command
 from celery.worker.state import task_reserved
 from celery.worker.strategy import default as default_strategy
 
@@ -83,7 +84,7 @@ class InteractiveQueues(bootsteps.StartStopStep):  # type: ignore[misc]  # celer
     @property
     def queues(self) -> list[Any]:
         """Those consumed, as kombu has them."""
-        return list(self._consumer.queues)
+        return list(self._consumer.queues) if self._consumer is not None else []
 
     def increment_eventually(self, n: int = 1) -> None:
         """One more message waits for its time (ETA, countdown)."""
@@ -143,6 +144,17 @@ class InteractiveQueues(bootsteps.StartStopStep):  # type: ignore[misc]  # celer
                 client.zadd(self._channel.unacked_index_key, dict.fromkeys(tags, time.time()), xx=True)
         except self._celery.connection_errors as error:
             logger.warning("the claim on %d messages could not be renewed: %s", len(tags), type(error).__name__)
+
+
+def show_all_queues() -> None:
+    """`inspect active_queues` and Flower know one consumer alone: have them told of both."""
+
+    def active_queues(state: Any, **_: Any) -> list[dict[str, Any]]:
+        consumer = state.consumer
+        queues = consumer.task_consumer.queues if consumer.task_consumer else []
+        return [dict(queue.as_dict(recurse=True)) for queue in [*queues, *state.app.millrace.interactive.queues]]
+
+    inspect_command(name="active_queues")(active_queues)
 
 
 class _ConsumerOfCalls:

@@ -18,7 +18,7 @@ from worker.chunk_service import ChunkService
 from worker.consumer import Consumer
 from worker.engine.model_files import resolve_folder
 from worker.inference import ENGINE_MODULE
-from worker.interactive_queues import InteractiveQueues
+from worker.interactive_queues import InteractiveQueues, show_all_queues
 from worker.pool import EnginePool, PoolParts
 from worker.pooled import KINDS
 from worker.tasks import register_tasks
@@ -64,6 +64,7 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
     parts = PoolParts(service, calls, settings.served_model, settings.shared_queue, lambda: worker.consumer)
     app.millrace = parts
     app.steps["consumer"].add(InteractiveQueues)
+    show_all_queues()
     # Made before the engine starts, since the service's threads speak to the pool; it consumes only once started.
     worker: Any = app.Worker(
         pool_cls=EnginePool,

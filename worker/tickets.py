@@ -65,7 +65,8 @@ class PoolTicket:
         try:
             is_failure, value, _ = self._target(*self._args)
             # The tracer's own clock started when the engine was already done.
-            self._callback((is_failure, value, time.monotonic() - self._accepted_at))
+            runtime_s = time.monotonic() - self._accepted_at
+            self._callback((is_failure, value if is_failure else str(outcome), runtime_s))
         except Exception:
             # What counts is stored already; what Celery cannot store must not take the worker's loop down.
             logger.exception("the outcome of task %s could not be reported", self.task_id)
