@@ -2,6 +2,9 @@
 
 import click
 
+#: Of the page of tasks: Flower's own order, which its page depends on, with the counts that stand for contents.
+_COLUMNS = "name,uuid,state,result,received,runtime"
+
 
 @click.command("flower", short_help="Show tasks and workers in a browser.")
 @click.option("--port", type=click.IntRange(0, 65535), default=5555, show_default=True, help="0 takes a free one.")
@@ -63,6 +66,7 @@ def _run(broker_url: str, address: str, port: int, login: str | None) -> None:
     logging.getLogger("tornado.access").setLevel(logging.ERROR)
     options.address, options.port = address, port
     options.basic_auth = [login] if login is not None else []
+    options.tasks_columns = _COLUMNS
     # Nobody has to log in, so another site's page in the same browser could give orders too.
     options.read_only = login is None
     flower = Flower(capp=make_watching_app(broker_url), options=options, **pages)

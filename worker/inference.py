@@ -161,7 +161,7 @@ class Inference:
             "max_model_len": ready.max_model_len,
             "kv_tokens": ready.kv_tokens,
             "max_num_seqs": ready.max_num_seqs,
-            "versions": ready.versions,
+            "versions": ", ".join(f"{name} {version}" for name, version in ready.versions.items()),
             "running": self._generations.num_live,
             "followers": self._preparation.followers.num_waiting,
             "computed_tokens": self._generations.num_computed_tokens,

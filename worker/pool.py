@@ -115,5 +115,5 @@ class EnginePool(BasePool):  # type: ignore[misc]  # celery has no types
             self._hub.call_soon(self.reconcile)
 
     def _get_info(self) -> dict[str, Any]:
-        facts = {**self.parts.chunks.info(), "open_calls": self.parts.calls.num_open}
-        return {**super()._get_info(), "millrace": facts}
+        """For `inspect stats` and Flower's page of a worker, which has a row for each."""
+        return {**super()._get_info(), **self.parts.chunks.info(), "open_calls": self.parts.calls.num_open}

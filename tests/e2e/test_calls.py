@@ -4,6 +4,7 @@ Every prompt holds a marker. The last test looks for it, and for the answers, in
 """
 
 import signal
+import subprocess
 import sys
 import time
 from contextlib import closing
@@ -22,7 +23,7 @@ from protocol.sampling import SamplingParams
 from protocol.settings import Settings
 from storage.ledger import Ledger
 from storage.tables import answers, jobs
-from tests.e2e.conftest import PATIENCE_S
+from tests.e2e.conftest import PATIENCE_S, ROOT
 from tests.e2e.foreign import LEASE_S, MARKER, Beside, Watched, app, beside, generate, wait_until, watched
 
 __all__ = ["app", "beside", "watched"]
@@ -44,7 +45,7 @@ def count(database_url: str, table: Any) -> int:
 def worker_stats(app: Celery) -> dict[str, Any]:
     replies: dict[str, Any] = wait_until(lambda: app.control.inspect(timeout=1).stats())
     (stats,) = replies.values()
-    facts: dict[str, Any] = stats["pool"]["millrace"]
+    facts: dict[str, Any] = stats["pool"]
     return facts
 
 
@@ -94,6 +95,13 @@ def test_chains_groups_and_chords_go_on_with_the_text(app: Celery) -> None:
     chat = get(chain(generate(app, "one"), generate(app, messages=messages))())
     messages = [{"role": "user", "content": f"{MARKER}: {one}"}]
     assert chat["text"] == get(generate(app, messages=messages).delay())["text"]
+
+
+def test_the_example_of_another_project_runs(beside: Beside) -> None:
+    command = [sys.executable, str(ROOT / "examples/celery_chain.py"), beside.redis_url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, cwd=beside.folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "24 tokens, length"
 
 
 def test_samples_and_log_probabilities_come_with_the_answer(app: Celery) -> None:
@@ -289,8 +297,8 @@ def test_neither_prompts_nor_answers_are_seen_by_anybody_else(app: Celery, besid
     wait_until(lambda: "task-failed" in watched.types_of(result.id))
     seen = str(watched.events)
     assert len(watched.events) > 5
-    for name in ("worker", "second", "stopped", "ended"):
-        seen += beside.log(name).read_text()
+    for path in {*beside.folder.glob("*.log")} - {beside.log("theirs")}:
+        seen += path.read_text()
     assert "DEBUG" in seen
     assert MARKER not in seen
     assert repr(text)[1:-1] not in seen

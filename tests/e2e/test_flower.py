@@ -122,13 +122,13 @@ def test_calls_are_shown_with_counts_and_failures_as_failures(flower: Flower, ap
 
 def test_a_worker_is_shown_with_its_model_device_backend_and_limits(flower: Flower, beside: Beside) -> None:
     ((name, worker),) = flower.api("workers?refresh=1").items()
-    facts = worker["stats"]["pool"]["millrace"]
+    facts = worker["stats"]["pool"]
     assert name.startswith("tiny@")
     assert (facts["model"], facts["device"], facts["attention"], facts["layout"]) == ("tiny", "cpu", "sdpa", "packed")
     assert (facts["max_model_len"], facts["max_num_seqs"]) == (512, 16)
     assert facts["kv_tokens"] > 0
     page = flower.text(f"/worker/{name}")
-    assert "sdpa" in page
+    assert "sdpa" in page.lower()
     queues = {queue["name"] for queue in worker["active_queues"]}
     assert queues == {"millrace.tiny.bulk", "millrace.tiny.normal", "millrace.tiny.interactive", "celery"}
 
