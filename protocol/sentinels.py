@@ -41,9 +41,9 @@ class Sentinels(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_sentinels(broker_url: str) -> Sentinels | None:
     """None for a URL of another kind. Raises ConfigurationError, without the URL in it, which may hold a password."""
-    parts = urlsplit(broker_url)
-    if parts.scheme != SCHEME:
+    if not broker_url.startswith(f"{SCHEME}://"):
         return None
+    parts = urlsplit(broker_url)
     login, _, addresses = parts.netloc.rpartition("@")
     username, _, password = login.partition(":")
     query = dict(parse_qsl(parts.query))
