@@ -10,7 +10,8 @@ model and the model's own tokenizer on both sides (benchmarks/null_engine.py), a
 would add to each prompt is printed. Parameters are the defaults, so answers are draws that nobody may share; the runs
 marked greedy look up and keep every answer too.
 
-Then a million Requests are submitted with no worker running, so that all their messages wait in Redis, and worked off.
+Round trips of single prompts through an idle worker are timed on both sides, with the same client. Then a million
+Requests are submitted with no worker running, so that all their messages wait in Redis, and worked off.
 Prints a table, then one JSON object as the last line.
 """
 
@@ -31,13 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from celery import Celery
 from redis import Redis
 
 from benchmarks.null_engine import ANSWER, write_null_model
 from benchmarks.plain_celery import VARIANTS, prompts_per_second, round_trips, running_worker
 from benchmarks.queue_servers import postgres
 from producer.client import Client
-from protocol.celery_app import make_app
+from protocol.celery_app import interactive_queue, make_app
 from protocol.requests import Request
 from protocol.sampling import SamplingParams
 from protocol.settings import EngineSettings, Settings
@@ -113,6 +115,18 @@ def measure_millrace(settings: Settings, folder: Path, num: int) -> dict[str, fl
         rates["default"] = num / run_job(settings, prompts, SamplingParams())
         rates["greedy"] = num / run_job(settings, prompts, SamplingParams(temperature=0))
     return rates
+
+
+def measure_calls(settings: Settings, folder: Path) -> list[float]:
+    """Seconds of round trips of `millrace.generate`, asked for by a Celery app that knows nothing of Millrace."""
+    queue, prompts = interactive_queue(settings.served_model), list(make_prompts(_NUM_ROUND_TRIPS + 50))
+    with running_millrace(settings, folder / "worker.log"):
+        app = Celery("foreign", broker=settings.broker_url, backend=settings.broker_url, set_as_current=False)
+        try:
+            round_trips(app, prompts[:50], "millrace.generate", queue)
+            return round_trips(app, prompts[50:], "millrace.generate", queue)
+        finally:
+            app.close()
 
 
 class MemoryWatch:
@@ -208,7 +222,6 @@ def measure_plain(url: str, folder: Path, num: int) -> tuple[float, list[float]]
             print(f"plain Celery, {pool} {concurrency}: {rate:.0f} prompts/s", flush=True)
             if rate > best:
                 best, seconds = rate, round_trips(app, prompts[:_NUM_ROUND_TRIPS])
-    print(f"  round trip of the best: P50 {percentile_ms(seconds, 50):.2f} ms, P99 {percentile_ms(seconds, 99):.2f} ms")
     return best, seconds
 
 
@@ -232,7 +245,7 @@ def main() -> int:
 def run(arguments: argparse.Namespace, folder: Path, broker_url: str) -> dict[str, Any]:
     engine = EngineSettings(model=str(write_null_model(folder / "null")))
     base = Settings(broker_url=broker_url, engine=engine, log_level="WARNING")
-    plain, _plain_trips = measure_plain(broker_url, folder, arguments.plain_prompts)
+    plain, plain_trips = measure_plain(broker_url, folder, arguments.plain_prompts)
     rates: dict[str, dict[str, float]] = {}
     with postgres(folder / "postgres") as postgres_url:
         for kind, url in (("sqlite", f"sqlite:///{folder}/ledger.db"), ("postgres", postgres_url)):
@@ -246,6 +259,13 @@ def run(arguments: argparse.Namespace, folder: Path, broker_url: str) -> dict[st
     summary |= {f"{kind}_prompts_s": round(rate["default"]) for kind, rate in rates.items()}
     summary |= {f"{kind}_greedy_prompts_s": round(rate["greedy"]) for kind, rate in rates.items()}
     summary |= {f"{kind}_ratio": round(rate["default"] / plain, 2) for kind, rate in rates.items()}
+    calls = measure_calls(msgspec.structs.replace(base, database_url=f"sqlite:///{folder}/ledger.db"), folder)
+    for percent in (50, 99):
+        of_plain, of_calls = percentile_ms(plain_trips, percent), percentile_ms(calls, percent)
+        print(
+            f"round trip, P{percent}: plain Celery {of_plain:.2f} ms, millrace.generate {of_calls:.2f} ms", flush=True
+        )
+        summary[f"call_p{percent}_ratio"] = round(of_calls / of_plain, 2)
     if arguments.million:
         Redis.from_url(broker_url).flushall()
         settings = msgspec.structs.replace(base, database_url=f"sqlite:///{folder}/million.db")

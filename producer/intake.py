@@ -1,5 +1,6 @@
 """Intake: takes lines into a Job, a Chunk in each transaction, and rings for each. Holds a Chunk of them at most."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from producer.chunk_cutter import cut_chunks
@@ -8,11 +9,14 @@ from producer.lines import LineReader
 from producer.pauses import Pauses
 from producer.source import Source
 from producer.wakeups import Wakeup, Wakeups
-from protocol.errors import ConfigurationError, SubmissionConflict
+from protocol.errors import ConfigurationError, DatabaseUnavailable, SubmissionConflict
+from protocol.requests import Request, Result
 from protocol.settings import Settings
 from storage.jobs import Job, append_chunk, intake_position, seal_job
 from storage.landings import num_unfinished_requests
 from storage.ledger import Ledger
+
+logger = logging.getLogger("millrace.producer")
 
 
 class Intake:
@@ -40,13 +44,15 @@ class Intake:
         self._wakeup = wakeup or Wakeup()
         self._limits = (min(settings.chunk_requests, window or settings.chunk_requests), settings.chunk_bytes)
         self._room = 0
+        self._has_stored = False
 
     def run(
         self, job: Job, content: Source, model_names: Sequence[str], on_progress: Callable[[int], None] | None
     ) -> None:
         """Take in what is not in yet, and seal the Job.
 
-        Raises what reading the source does, SubmissionConflict, DatabaseUnavailable and WaitStopped.
+        Raises what reading the source does, SubmissionConflict, WaitStopped, and DatabaseUnavailable unless the
+        database has taken lines in this very call.
         """
         position = intake_position(self._ledger, job.id)
         with content.lines() as lines:
@@ -55,14 +61,7 @@ class Intake:
             for requests, failures in cuts:
                 self._wait_for_room(job, len(requests))
                 last_line = max(items[-1].line for items in (requests, failures) if items)
-                chunk_id = append_chunk(
-                    self._ledger,
-                    job.id,
-                    first_line=position + 1,
-                    last_line=last_line,
-                    requests=requests,
-                    failures=failures,
-                )
+                chunk_id = self._append(job, position + 1, last_line, requests, failures)
                 position = last_line
                 self._room -= len(requests)
                 if chunk_id is not None:
@@ -76,6 +75,35 @@ class Intake:
                 "another one, so give it a name of its own"
             )
         seal_job(self._ledger, job.id, reader.num_lines)
+
+    def _append(
+        self, job: Job, first_line: int, last_line: int, requests: list[Request], failures: list[Result]
+    ) -> int | None:
+        """As append_chunk; but a database that has taken lines before, and now is full or away, is waited for."""
+        pauses: Pauses | None = None
+        while True:
+            try:
+                chunk_id = append_chunk(
+                    self._ledger,
+                    job.id,
+                    first_line=first_line,
+                    last_line=last_line,
+                    requests=requests,
+                    failures=failures,
+                    may_be_in=pauses is not None,
+                )
+            except DatabaseUnavailable as error:
+                if not self._has_stored:
+                    raise
+                if pauses is None:
+                    pauses = Pauses(self._wakeup)
+                    logger.warning("%s; %d lines are in, and it goes on when the database does", error, first_line - 1)
+                pauses.pause("the database took no more lines")
+                continue
+            if pauses is not None:
+                logger.warning("the database takes lines again: going on after line %d", last_line)
+            self._has_stored = True
+            return chunk_id
 
     def _wait_for_room(self, job: Job, num_requests: int) -> None:
         """Until so many more fit into the window; only as much of the source has been read."""

@@ -197,18 +197,20 @@ def append_chunk(
     last_line: int,
     requests: Sequence[Request],
     failures: Sequence[Result],
+    may_be_in: bool = False,
 ) -> int | None:
     """Add the lines first_line..last_line: a Chunk of `requests`, and `failures` for the lines that are malformed.
 
-    Returns the Chunk's id; None when there is nothing to do in it, as it then is finished already. Raises JobNotFound;
-    SubmissionConflict when the lines are there already or the Job takes no more; DatabaseUnavailable.
+    `may_be_in`: an earlier call with the same lines failed, and may have landed all the same. Returns the Chunk's id;
+    None when there is nothing to do in it, as it then is finished already. Raises JobNotFound; SubmissionConflict when
+    the lines are there already or the Job takes no more; DatabaseUnavailable.
     """
     blob = pack_requests(requests) if requests else None
     rows = to_rows(job_id, 0, failures)
     chunk = {"job_id": job_id, "first_line": first_line, "last_line": last_line, "num_requests": len(requests)}
     chunk |= {"state": "waiting" if requests else "finished", "attempt": 0, **count(failures)}
     chunk["digest"] = digest.added(digest.EMPTY, failures)
-    is_retry = False
+    is_retry = may_be_in
 
     def work(connection: Connection) -> int | None:
         nonlocal is_retry

@@ -1,86 +1,51 @@
-"""How far a source is read ahead of the workers."""
+"""A submission whose database fails in the middle of it."""
 
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from typing import Any
 
 import pytest
 
+from producer import intake
 from producer.client import Client
-from producer.wakeups import WaitStopped, Wakeup
-from protocol.errors import ConfigurationError, SubmissionConflict
-from storage.jobs import job_status
-from storage.landing_channel import LandingChannel
-from storage.landings import num_unfinished_requests
+from protocol.errors import DatabaseUnavailable
+from storage.jobs import append_chunk
 from storage.ledger import Ledger
-from tests.producer.conftest import answer_oldest
-
-_LONG_S = 60.0
 
 
-class Endless:
-    """Prompts without end, and how many were taken."""
+class FailingDatabase:
+    """Fails at these calls, counted from 0; before or, as when word of a COMMIT is lost, after it has stored them."""
 
-    num_taken = 0
+    def __init__(self, fails: dict[int, str]) -> None:
+        self.fails = fails
+        self.num_calls = 0
 
-    def __iter__(self) -> Iterator[str]:
-        while True:
-            self.num_taken += 1
-            yield f"p{self.num_taken}"
+    def append_chunk(self, ledger: Ledger, job_id: str, **given: Any) -> int | None:
+        when, self.num_calls = self.fails.get(self.num_calls), self.num_calls + 1
+        chunk_id = append_chunk(ledger, job_id, **given) if when != "before" else None
+        if when is not None:
+            raise DatabaseUnavailable("the database does not answer: database or disk is full")
+        return chunk_id
 
 
-def wait_until_unfinished(ledger: Ledger, client: Client, number: int) -> None:
-    while not client.jobs() or num_unfinished_requests(ledger, client.jobs()[0].id) < number:
-        threading.Event().wait(0.01)
-
-
-def test_window_lets_an_endless_source_run_only_so_far_ahead(
-    client: Client, ledger: Ledger, channel_of_workers: LandingChannel
+def test_a_submission_waits_for_a_full_database_and_goes_on_where_it_stopped(
+    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = Endless()
-    with ThreadPoolExecutor() as pool:
-        submitting = pool.submit(client.submit, source, name="endless", window=10)
-        for num_done in range(0, 24, 4):
-            wait_until_unfinished(ledger, client, 8)
-            # The window, a Chunk of 4 that does not fit any more, and the item that shows that it is full.
-            assert source.num_taken <= num_done + 10 + 4 + 1
-            assert len(answer_oldest(ledger)) == 4
-            channel_of_workers.publish({client.jobs()[0].id: ()})
-        wait_until_unfinished(ledger, client, 8)
-        client.cancel("endless")
-        with pytest.raises(SubmissionConflict, match="is cancelled and takes no more lines"):
-            submitting.result(_LONG_S)
+    database = FailingDatabase({1: "before", 2: "before", 3: "after", 5: "after"})
+    monkeypatch.setattr(intake, "append_chunk", database.append_chunk)
+    with caplog.at_level(logging.WARNING, "millrace.producer"):
+        job = client.submit([f"prompt {i}" for i in range(11)])
+
+    status = client.status(job)
+    assert (job.num_lines, status.num_requests, status.num_chunks) == (11, 11, 3)
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0].endswith("database or disk is full; 4 lines are in, and it goes on when the database does")
+    assert told[1] == "the database takes lines again: going on after line 8"
+    assert len(told) == 4
 
 
-def test_window_smaller_than_a_chunk_makes_smaller_chunks(
-    client: Client, ledger: Ledger, channel_of_workers: LandingChannel
+def test_a_database_that_takes_nothing_at_all_is_an_error_at_once(
+    client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ThreadPoolExecutor() as pool:
-        submitting = pool.submit(client.submit, [f"p{i}" for i in range(5)], window=2)
-        for lines in ([1, 2], [3, 4], [5]):
-            wait_until_unfinished(ledger, client, len(lines))
-            assert answer_oldest(ledger) == lines
-            channel_of_workers.publish({client.jobs()[0].id: ()})
-        job = submitting.result(_LONG_S)
-    assert job_status(ledger, job.id).is_finished
-
-
-def test_submit_is_stopped_while_it_waits_for_room_and_gone_on_with(client: Client, ledger: Ledger) -> None:
-    wakeup = Wakeup()
-    prompts = [f"p{i}" for i in range(20)]
-    with ThreadPoolExecutor() as pool:
-        submitting = pool.submit(client.submit, prompts, window=8, wakeup=wakeup)
-        wait_until_unfinished(ledger, client, 8)
-        wakeup.stop()
-        with pytest.raises(WaitStopped):
-            submitting.result(_LONG_S)
-    assert client.status(client.jobs()[0]).num_lines == 8
-
-    assert client.submit(prompts).num_lines == 20
-    assert [answer_oldest(ledger)[0] for _ in range(5)] == [1, 5, 9, 13, 17]
-
-
-def test_window_that_nothing_fits_into_is_refused(client: Client) -> None:
-    with pytest.raises(ConfigurationError, match="window=0 is out of range"):
-        client.submit(["a"], window=0)
-    assert client.jobs() == []
+    monkeypatch.setattr(intake, "append_chunk", FailingDatabase({0: "before"}).append_chunk)
+    with pytest.raises(DatabaseUnavailable):
+        client.submit(["prompt"])
