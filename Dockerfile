@@ -21,7 +21,7 @@ COPY batching batching
 COPY producer producer
 COPY worker worker
 COPY cli cli
-RUN pip install -c constraints.txt '.[postgres,flower]'
+RUN pip install -c constraints.txt '.[postgres,parquet,flower]'
 
 FROM client-build AS worker-build
 # Without another index this is the build for CUDA, which runs on a CPU too and is large.

@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo bench-queue chaos test check format docs clean
+.PHONY: help setup demo bench-queue chaos load test check format docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ demo: $(STAMP)  ## Answer examples/prompts.jsonl with the bundled model, on what
 
 chaos: $(STAMP)  ## Kill workers, engines and servers at random while a Job runs, and check every line (ROUNDS=1 SEED=0)
 	$(BIN)/python -m benchmarks.chaos --rounds $(or $(ROUNDS),1) --seed $(or $(SEED),0)
+
+load: $(STAMP)  ## Many users at once against a system of their own; a report in out/load.html (USERS=100 TIME=60s)
+	$(BIN)/python -m benchmarks.load --users $(or $(USERS),100) --time $(or $(TIME),60s)
 
 bench-queue: $(STAMP)  ## Prompts per second through the queue, against plain Celery
 	$(BIN)/python -m benchmarks.bench_queue
