@@ -51,6 +51,8 @@ LEASE_S = 3.0
 #: Seconds between two kills, and until what was killed is started again.
 GAPS_S = (1.0, 5.0)
 RESTART_S = (0.0, 1.5)
+#: Kills without a Result after them: with more, nothing would run long enough to be killed.
+MAX_DOWN = 3
 #: A round that has not ended by then has lost something.
 PATIENCE_S = 1800.0
 _PR_SET_PDEATHSIG = 1
@@ -162,7 +164,7 @@ class Round:
                 killed_at.clear()
             if status is not None and status.job.state == "finished":
                 return
-            if now >= next_kill and (target := self._kill()):
+            if now >= next_kill and len(killed_at) < MAX_DOWN and (target := self._kill()):
                 killed_at.append(now)
                 next_kill = now + self._rng.uniform(*GAPS_S)
                 say(f"{num_results:5} results: killed {target}")
