@@ -22,6 +22,8 @@ _FLIGHT = b"millrace:flight:"
 _ABOARD = "millrace:aboard:"
 #: Longer than any answer takes; only what a dead worker left gets that old.
 _MAX_FLIGHT_MS = 86_400_000
+#: How long an owner counts as alive after a sign of life: for a dead one's answers others wait no longer than that.
+_ABOARD_MS = 5_000
 #: Keys per command, short enough not to hold Redis up.
 _MAX_KEYS = 500
 
@@ -57,7 +59,7 @@ end
 class Flights:
     """One owner's. Whatever goes wrong with Redis, nobody else computes anything, as far as this owner knows."""
 
-    def __init__(self, redis: Redis, owner: str, lease_s: float) -> None:
+    def __init__(self, redis: Redis, owner: str) -> None:
         self._link = OptionalRedis(
             redis,
             log,
@@ -65,19 +67,18 @@ class Flights:
             present="Redis says again what other workers compute",
         )
         self._owner = owner
-        self._lease_ms = max(int(lease_s * 1000), 1)
         self._claim: Any = redis.register_script(_CLAIM)
         self._release: Any = redis.register_script(_RELEASE)
 
     @classmethod
-    def connect(cls, broker_url: str, owner: str, lease_s: float) -> "Flights":
+    def connect(cls, broker_url: str, owner: str) -> "Flights":
         """Over the queue's own Redis; connects to nothing yet."""
-        return cls(connect(broker_url), owner, lease_s)
+        return cls(connect(broker_url), owner)
 
     def beat(self) -> None:
-        """The owner lives for another lease."""
+        """A sign of life: to be given every second or so."""
         aboard = _ABOARD + self._owner
-        self._link.call(lambda: self._link.redis.set(aboard, "1", px=self._lease_ms), None)
+        self._link.call(lambda: self._link.redis.set(aboard, "1", px=_ABOARD_MS), None)
 
     def claim(self, keys: Collection[bytes]) -> set[bytes]:
         """Take off with all of these that nobody else computes; returns those that somebody else does."""

@@ -64,7 +64,7 @@ class ChunkService:
         self._cache = AnswerCache.connect(settings.broker_url, settings.answers_ttl_seconds, settings.answers_max_bytes)
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._on_credit = on_credit
-        self._flights = Flights.connect(settings.broker_url, self.owner, settings.lease_seconds)
+        self._flights = Flights.connect(settings.broker_url, self.owner)
         self._committer = Committer(
             self._ledger,
             self._cache,
@@ -316,12 +316,12 @@ class ChunkService:
 
     def _renew(self) -> None:
         while not self._is_stopping.wait(self.settings.lease_seconds / 3):
-            self._flights.beat()
             self._drop_lost(lambda held: renew(self._ledger, self.owner, held, self.settings.lease_seconds))
 
     def _watch(self) -> None:
         """A cancelled Job's Sequences, and those whose deadline has passed, leave the engine within a moment."""
         while not self._is_stopping.wait(_WATCH_INTERVAL_S):
+            self._flights.beat()
             self.inference.expire()
             self._look_after_followers()
             self._drop_lost(lambda held: still_leased(self._ledger, self.owner, held))

@@ -71,7 +71,7 @@ def check_everything_works(broker_url: str) -> None:
         assert app.backend.get_result("a-task") == "64 ok"
     with connect(broker_url) as client:
         assert client.ping()
-    with closing(Flights.connect(broker_url, "one", 60)) as one, closing(Flights.connect(broker_url, "two", 60)) as two:
+    with closing(Flights.connect(broker_url, "one")) as one, closing(Flights.connect(broker_url, "two")) as two:
         one.beat()
         assert (one.claim([b"k"]), two.claim([b"k"])) == (set(), {b"k"})
         one.release([b"k"])
