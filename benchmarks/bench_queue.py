@@ -228,7 +228,7 @@ def measure_plain(url: str, folder: Path, num: int) -> tuple[float, list[float]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plain-prompts", type=int, default=5000)
-    parser.add_argument("--prompts", type=int, default=100_000)
+    parser.add_argument("--prompts", type=int, default=200_000)
     parser.add_argument("--million", type=int, default=1_000_000, help="how many that is; 0 leaves it out")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="millrace-bench-") as name, contextlib.ExitStack() as stack:
