@@ -184,3 +184,27 @@ def test_engine_refuses_settings_that_do_not_fit(
 ) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Engine.start(settings_for(model_folder("llama"), **changes))
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_warm_up_leaves_no_trace(
+    layout: str, model_folder: Callable[[str], Path], reference: Callable[[str], Reference]
+) -> None:
+    expected = reference("llama")
+    engine = Engine.start(settings_for(model_folder("llama"), layout=layout, max_num_seqs=4))
+
+    engine.warm_up()
+
+    assert not engine.has_work
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+    assert engine.telemetry.num_steps == 0
+    run = drive(engine, [new_sequence(i, prompt, 12) for i, prompt in enumerate(expected.prompts)])
+    assert [run.outputs[i] for i in range(len(expected.prompts))] == [output[:12] for output in expected.outputs]
+
+
+def test_a_warm_up_in_the_smallest_cache_does_what_it_can(model_folder: Callable[[str], Path]) -> None:
+    engine = Engine.start(settings_for(model_folder("llama"), kv_tokens=16, max_model_len=6))
+
+    engine.warm_up()
+
+    assert not engine.has_work

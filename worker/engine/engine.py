@@ -30,6 +30,10 @@ from worker.engine.waste import Waste
 
 log = logging.getLogger("millrace.engine")
 
+#: What a warm-up runs: few and short, but of odd and even numbers.
+_WARM_UP_SEQUENCES = 4
+_WARM_UP_TOKENS = 48
+
 
 class Engine:
     """Raises ConfigurationError when the model, the settings and the machine do not fit together."""
@@ -80,6 +84,23 @@ class Engine:
             self.scheduler.blocks.block_size,
             self.lookahead,
         )
+        if loaded.device.type == "cuda":
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Every kind of step once, so that what is compiled at first use is compiled now. Leaves nothing behind but
+        blocks that nobody will ask for. To be called before any Sequence is added."""
+        num_tokens = min(_WARM_UP_TOKENS, self.scheduler.blocks.capacity - 4, self.loaded.max_model_len - 4)
+        if num_tokens < 1:
+            return
+        prompt = np.zeros(num_tokens, dtype="<i4").tobytes()
+        for i in range(_WARM_UP_SEQUENCES):
+            # One more each time: numbers of rows and tokens are odd and even, and prompts join others' decode.
+            self.add(NewSequence(-1 - i, prompt[: 4 * max(num_tokens - i, 1)], 4, (), float(i % 2), 1.0, 0, 0, 0))
+            self.step()
+        while self.has_work:
+            self.step()
+        self.telemetry.reset()
 
     @classmethod
     def start(cls, settings: EngineSettings) -> "Engine":

@@ -41,7 +41,7 @@ def write_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # or each new kind of number would be compiled for
 def _write(
     key,
     value,
