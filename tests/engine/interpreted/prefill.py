@@ -14,10 +14,14 @@ QUERY_LENS, KV_LENS = [20, 7, 1, 17, 16], [20, 50, 1, 40, 16]
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "block_size"), [(4, 2, 32, 16), (3, 1, 24, 64), (7, 7, 16, 32)]
+    ("heads", "kv_heads", "head_dim", "block_size", "terms", "dtype"),
+    [
+        (4, 2, 32, 16, {}, torch.float32),
+        (3, 1, 24, 64, {}, torch.float16),
+        (2, 2, 16, 32, {"window": 9}, torch.float32),
+        (2, 1, 16, 16, {"window": 20, "softcap": 1.5}, torch.float32),
+    ],
 )
-@pytest.mark.parametrize("terms", [{}, {"window": 9}, {"softcap": 1.5}], ids=["plain", "window", "softcap"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_prefill_equals_its_twin(
     heads: int,
     kv_heads: int,
