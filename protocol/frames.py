@@ -142,6 +142,9 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     logprobs: list[tuple[int, bytes]] = []
     num_prefix_hit_tokens: int = 0
     num_preemptions: int = 0  # since the last frame
+    num_rows: int = 0  # Sequences in the step
+    is_captured: bool = False  # replayed from a CUDA graph
+    host_gap_s: float = 0.0  # since the last frame, in which the device had nothing to do while there was work
     #: (seq_id, values) of those finished: an embedding, or the labels' probabilities (little-endian float32).
     pooled: list[tuple[int, bytes]] = []
 

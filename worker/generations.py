@@ -166,6 +166,12 @@ class Generations:
         self.num_computed_tokens = 0
         self.num_prefix_hit_tokens = 0
         self.num_preemptions = 0
+        self.num_steps = 0
+        self.num_captured_steps = 0
+        self.num_step_rows = 0
+        self.num_padding_tokens = 0
+        self.host_gap_s = 0.0
+        self.num_free_blocks: int | None = None  # of the engine that reported last
 
     @property
     def num_live(self) -> int:
@@ -263,6 +269,14 @@ class Generations:
         generation.start_over(self._tokenizer)
         return generation
 
+    def _count(self, frame: StepFrame) -> None:
+        self.num_steps += frame.num_rows > 0
+        self.num_captured_steps += frame.is_captured
+        self.num_step_rows += frame.num_rows
+        self.num_padding_tokens += frame.num_padding_tokens
+        self.host_gap_s += frame.host_gap_s
+        self.num_free_blocks = frame.num_free_blocks
+
     def on_step(self, frame: StepFrame) -> None:
         """Apply one step's tokens; finished generations leave the registry."""
         done: list[Done] = []
@@ -293,6 +307,7 @@ class Generations:
             self.num_computed_tokens += frame.num_scheduled_tokens
             self.num_prefix_hit_tokens += frame.num_prefix_hit_tokens
             self.num_preemptions += frame.num_preemptions
+            self._count(frame)
             for seq_id, reason, num_tokens in frame.finished:
                 if (generation := self._live.get(seq_id)) is None:
                     continue

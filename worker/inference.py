@@ -167,6 +167,21 @@ class Inference:
             "computed_tokens": self._generations.num_computed_tokens,
             "prefix_hit_tokens": self._generations.num_prefix_hit_tokens,
             "preemptions": self._generations.num_preemptions,
+            **self._step_facts(),
+        }
+
+    def _step_facts(self) -> dict[str, object]:
+        """What the engines' steps have done so far, and how full the KV cache was after the last."""
+        counts, ready = self._generations, self.engine
+        num_blocks = ready.kv_tokens // ready.block_size
+        num_used = 0 if counts.num_free_blocks is None else num_blocks - counts.num_free_blocks
+        return {
+            "steps": counts.num_steps,
+            "captured_steps": counts.num_captured_steps,
+            "rows_per_step": round(counts.num_step_rows / max(counts.num_steps, 1), 1),
+            "padding_tokens": counts.num_padding_tokens,
+            "kv_tokens_used": num_used * ready.block_size if ready.task == "generate" else 0,
+            "host_gap_seconds": round(counts.host_gap_s, 3),
         }
 
     def _settle(self, done: list[Done]) -> None:

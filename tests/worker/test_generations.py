@@ -319,11 +319,17 @@ def test_the_context_bounds_the_tokens_promised(harness: Harness) -> None:
 
 def test_what_steps_report_adds_up(harness: Harness) -> None:
     for hits, preemptions in ((16, 0), (0, 2), (32, 1)):
-        frame = StepFrame(b"", b"", [], 1, 0, 1, 5, num_prefix_hit_tokens=hits, num_preemptions=preemptions)
+        frame = StepFrame(
+            b"", b"", [], 1, 0, 7, 5,
+            num_prefix_hit_tokens=hits, num_preemptions=preemptions, num_padding_tokens=2,
+            num_rows=4, is_captured=hits > 0, host_gap_s=0.5,
+        )  # fmt: skip
         harness.generations.on_step(frame)
     generations = harness.generations
     assert (generations.num_computed_tokens, generations.num_prefix_hit_tokens) == (15, 48)
     assert generations.num_preemptions == 3
+    assert (generations.num_steps, generations.num_captured_steps, generations.num_step_rows) == (3, 2, 12)
+    assert (generations.num_padding_tokens, generations.host_gap_s, generations.num_free_blocks) == (6, 1.5, 7)
 
 
 def test_samples_of_one_request_send_their_prompt_once_and_again_to_a_new_engine(harness: Harness) -> None:

@@ -121,6 +121,11 @@ class DecodeStep:
             self._prefixes.lens.copy_(sent["prefix_lens"])
             self._prefixes.starts.copy_(sent["prefix_starts"])
 
+    def forget(self) -> None:
+        """What the device knows of rows is uncertain: a launch has failed."""
+        self._host_rows.fill(-1)
+        self._last_tiles = None
+
     def run(self, host_lens: npt.NDArray[np.int64]) -> Decoded:
         """The step of the rows last given to `arrays`; `host_lens` (D,) are tokens to attend to."""
         num_rows, is_sharing = len(host_lens), self._is_sharing

@@ -208,12 +208,12 @@ class Engine:
         started = time.perf_counter()
         outcome = self.scheduler.process(plan, tokens)
         scores = [] if handle.scores is None else token_scores(plan, handle.scores)
-        self._waste.count(plan.num_scheduled_tokens, plan.num_padding_tokens)
+        self._waste.count(plan.num_scheduled_tokens, plan.num_padding_tokens + handle.num_padding)
         if not self.has_work:
             self._waste.report()
             self.telemetry.stop()
         logprobs = [] if handle.logprobs is None else sampled_pieces(plan, handle.logprobs)
-        frame = self._frame(outcome, plan, refused, scores, logprobs)
+        frame = self._frame(outcome, plan, refused, scores, logprobs, handle)
         self.telemetry.host_s += time.perf_counter() - started
         return frame
 
@@ -244,6 +244,7 @@ class Engine:
         if isinstance(self.scheduler, PaddedScheduler) or not self._budget.halve():
             raise torch.OutOfMemoryError("the smallest possible step does not fit into the memory")
         log.warning("out of memory: everything is preempted, and steps have %d tokens at most", self._budget.tokens)
+        self.runner.decode.forget()
         self.scheduler.take_back(self._failed)
         self._failed = []
         if self.loaded.device.type == "cuda":
@@ -256,6 +257,7 @@ class Engine:
         refused: list[tuple[int, str]],
         scores: list[TokenScores],
         logprobs: list[tuple[int, bytes]],
+        handle: StepHandle | None = None,
     ) -> StepFrame:
         num_preemptions = self.scheduler.num_preemptions - self._num_reported_preemptions
         self._num_reported_preemptions += num_preemptions
@@ -268,11 +270,14 @@ class Engine:
             num_free_blocks=self.scheduler.blocks.num_free,
             num_scheduled_tokens=plan.num_scheduled_tokens,
             refused=refused,
-            num_padding_tokens=plan.num_padding_tokens,
+            num_padding_tokens=plan.num_padding_tokens + (0 if handle is None else handle.num_padding),
             scores=scores,
             logprobs=logprobs,
             num_prefix_hit_tokens=plan.num_prefix_hit_tokens,
             num_preemptions=num_preemptions,
+            num_rows=len(plan.sequences),
+            is_captured=handle is not None and handle.is_captured,
+            host_gap_s=self.telemetry.take_gap(),
         )
 
     def _check_vocabulary(self, sequence: Sequence) -> None:

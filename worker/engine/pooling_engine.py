@@ -137,6 +137,7 @@ class PoolingEngine:
             num_scheduled_tokens=plan.num_scheduled_tokens,
             refused=refused,
             num_padding_tokens=plan.num_padding_tokens,
+            num_rows=len(plan.sequences),
             pooled=pooled,
         )
 

@@ -18,6 +18,7 @@ class Telemetry:
     gap_s: float = 0.0
     num_gaps: int = 0
     _idle_since: float | None = None
+    _reported_gap_s: float = 0.0
 
     def reset(self) -> None:
         for name, value in asdict(Telemetry()).items():
@@ -46,6 +47,11 @@ class Telemetry:
     def stop(self) -> None:
         """There is nothing to do: what follows is no gap."""
         self._idle_since = None
+
+    def take_gap(self) -> float:
+        """Seconds of gaps since the last call."""
+        gap_s, self._reported_gap_s = self.gap_s - self._reported_gap_s, self.gap_s
+        return gap_s
 
     def summary(self) -> dict[str, Any]:
         """Sums, and milliseconds per step."""
