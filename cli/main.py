@@ -11,7 +11,7 @@ from protocol.errors import MillraceError
 COMMANDS = (
     *("run", "migrate", "worker"),
     *("submit", "jobs", "status", "results", "verify", "cancel", "delete", "prune"),
-    *("dead-letters", "doctor", "flower"),
+    *("dead-letters", "doctor", "tune", "flower"),
 )
 #: What a shell reports for a program that Ctrl-C ended.
 INTERRUPTED = 130

@@ -1,0 +1,123 @@
+"""`millrace tune`."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from protocol.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from protocol.settings import EngineSettings
+    from worker.engine.tuning import Point
+
+_HEADER = f"{'sequences':>10} {'tokens':>8} {'output tok/s':>13} {'all tok/s':>10} {'ms a token':>11} {'99 in 100':>10}"
+
+
+def _numbers(context: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"{text!r} is no list of whole numbers from 1 up, as in 64,256")
+    return numbers
+
+
+@click.command("tune", short_help="Find this machine's best limits for a model.")
+@click.argument("model", required=False)
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
+@click.option("--sequences", callback=_numbers, metavar="N,N,...", help="engine.max_num_seqs to try.")
+@click.option("--tokens", callback=_numbers, metavar="N,N,...", help="engine.max_batch_tokens to try.")
+@click.option("--length", type=click.IntRange(1), default=256, show_default=True, help="Tokens of prompts and outputs.")
+@click.option("--seconds", type=click.FloatRange(0.01), default=10.0, show_default=True, help="For each measurement.")
+@click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), default="tune.png", show_default=True)
+@click.option("--settings", type=click.Path(dir_okay=False, path_type=Path), help="The file to write to.")
+@click.option("--dry-run", is_flag=True, help="Write no settings.")
+def command(
+    model: str | None,
+    device: str | None,
+    sequences: list[int] | None,
+    tokens: list[int] | None,
+    length: int,
+    seconds: float,
+    chart: Path,
+    settings: Path | None,
+    dry_run: bool,
+) -> None:
+    """Measure throughput and latency at several limits of a step, and keep the best in the settings file.
+
+    Prompts and outputs have --length tokens on average, and there is always more to do. Of limits that give nearly as
+    many tokens, those that answer sooner are chosen. The chart shows all; Ctrl-C keeps what there is.
+
+    \b
+    Example:
+      millrace tune models/millrace-tiny --sequences 16,64 --tokens 512,2048 --seconds 5
+    """
+    from cli.settings_file import default_settings_file, write_settings
+    from cli.worker_packages import check_worker_packages
+    from protocol.settings import load_settings
+
+    loaded = load_settings({"engine.model": model, "engine.device": device})
+    check_worker_packages()
+    _check_extra()
+    path = settings or default_settings_file()
+    points = _measure_all(loaded.engine, sequences, tokens, seconds, length)
+    if not points:
+        raise ConfigurationError("nothing was measured")
+    from worker.engine.tuning import best_of
+
+    best = best_of(points)
+    from cli.tune_chart import draw_chart
+
+    draw_chart(points, best, chart, loaded.served_model)
+    click.echo(
+        f"best: engine.max_num_seqs = {best.max_num_seqs}, engine.max_batch_tokens = {best.max_batch_tokens}; "
+        f"chart in {chart}",
+        err=True,
+    )
+    if not dry_run:
+        values = {"max_num_seqs": best.max_num_seqs, "max_batch_tokens": best.max_batch_tokens}
+        write_settings(path, "engine", values)
+        click.echo(f"written to {path}", err=True)
+
+
+def _measure_all(
+    engine: "EngineSettings", sequences: list[int] | None, tokens: list[int] | None, seconds: float, length: int
+) -> "list[Point]":
+    """A line for each pair of limits as it comes; what there is when Ctrl-C ends it."""
+    from worker.engine.tuning import Tuner
+
+    tuner = Tuner(engine)
+    all_sequences, all_tokens = tuner.limits
+    points: list[Point] = []
+    click.echo(_HEADER)
+    try:
+        for num_tokens in tokens or all_tokens:
+            for num_sequences in sequences or all_sequences:
+                if num_sequences > num_tokens:
+                    continue  # each needs its one token
+                try:
+                    point = tuner.measure(num_sequences, num_tokens, seconds, length)
+                except ConfigurationError as error:
+                    click.echo(f"{num_sequences:>10} {num_tokens:>8} impossible here: {error}")
+                    continue
+                points.append(point)
+                click.echo(
+                    f"{point.max_num_seqs:>10} {point.max_batch_tokens:>8} {point.output_tokens_per_s:>13.0f} "
+                    f"{point.computed_tokens_per_s:>10.0f} {point.latency_ms:>11.2f} {point.slowest_ms:>10.2f}"
+                )
+    except KeyboardInterrupt:
+        click.echo("stopped: the best of what there is", err=True)
+    return points
+
+
+def _check_extra() -> None:
+    missing = [name for name in ("matplotlib", "tomlkit") if find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(
+            f"millrace tune needs {' and '.join(missing)}: pip install '.[tune]' in Millrace's folder"
+        )

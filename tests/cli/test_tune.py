@@ -1,0 +1,62 @@
+"""millrace tune: a table, a chart, and limits in the settings file that was there before."""
+
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cli.settings_file import write_settings
+from protocol.errors import ConfigurationError
+from protocol.settings import load_settings
+from tests.cli.conftest import Invoke
+from worker.engine.tuning import Point, best_of
+
+BUNDLED = Path(__file__).parents[2] / "models" / "millrace-tiny"
+
+
+def test_tune_measures_draws_and_writes_what_is_best(
+    millrace: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not (BUNDLED / "model.safetensors").is_file() and os.environ.get("CI") != "true":
+        pytest.skip("models/millrace-tiny has no weights here")
+    (tmp_path / "millrace.toml").write_text('# ours\nmodel_name = "small"  # kept\n\n[engine]\nkv_tokens = 2048\n')
+
+    result = millrace(
+        "tune", BUNDLED, "--sequences", "2,8", "--tokens", "4,64", "--length", "16", "--seconds", "0.2",
+        engine_num_threads="1",
+    )  # fmt: skip
+
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines()[1:]]
+    assert [(int(row[0]), int(row[1])) for row in rows] == [(2, 4), (2, 64), (8, 64)]
+    assert all(float(value) > 0 for row in rows for value in row)
+    text = (tmp_path / "millrace.toml").read_text()
+    assert text.startswith('# ours\nmodel_name = "small"  # kept\n')
+    chosen = load_settings().engine
+    assert (chosen.max_num_seqs, chosen.max_batch_tokens) in [(2, 4), (2, 64), (8, 64)]
+    assert chosen.kv_tokens == 2048
+    assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tune_refuses_what_is_no_list_of_numbers(millrace: Invoke) -> None:
+    result = millrace("tune", "--sequences", "many")
+    assert result.exit_code == 2
+    assert "'many' is no list of whole numbers" in result.output
+
+
+def test_of_nearly_equal_throughput_the_lower_latency_is_best() -> None:
+    slow = Point(1024, 8192, 1000.0, 2000.0, 40.0, 50.0, 1)
+    quick = Point(256, 8192, 985.0, 2000.0, 10.0, 20.0, 1)
+    idle = Point(64, 8192, 500.0, 1000.0, 2.0, 3.0, 1)
+    assert best_of([slow, quick, idle]) is quick
+
+
+def test_settings_are_written_into_a_new_file_and_never_into_a_broken_one(tmp_path: Path) -> None:
+    write_settings(tmp_path / "new.toml", "engine", {"max_num_seqs": 5})
+    assert tomllib.loads((tmp_path / "new.toml").read_text()) == {"engine": {"max_num_seqs": 5}}
+
+    (tmp_path / "broken.toml").write_text("[engine\n")
+    with pytest.raises(ConfigurationError, match="not valid TOML"):
+        write_settings(tmp_path / "broken.toml", "engine", {"max_num_seqs": 5})
+    assert (tmp_path / "broken.toml").read_text() == "[engine\n"

@@ -1,0 +1,115 @@
+"""Tuning: what a machine does with a model at given limits of a step, measured while there is always more to do.
+
+One loaded model serves all measurements; each has an engine, and so a KV cache and graphs, of its own.
+"""
+
+import gc
+import time
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import torch
+
+from protocol.errors import ConfigurationError
+from protocol.frames import NewSequence
+from protocol.settings import EngineSettings
+from worker.engine.engine import Engine
+from worker.engine.loader import LoadedModel, load_model
+from worker.engine.model_files import resolve_folder
+
+#: Limits that are tried: (Sequences, tokens) of a step.
+GPU_LIMITS = ([128, 256, 512, 1024], [4096, 8192, 16_384])
+CPU_LIMITS = ([16, 64, 256], [512, 2048, 8192])
+#: Of two that give nearly as many tokens, the one that answers sooner is better.
+_NEARLY = 0.98
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What was measured at one pair of limits."""
+
+    max_num_seqs: int
+    max_batch_tokens: int
+    output_tokens_per_s: float
+    computed_tokens_per_s: float  # those of prompts included
+    latency_ms: float  # between two tokens of a Sequence: the median time of a step
+    slowest_ms: float  # of 99 in 100 steps
+    kv_tokens: int
+
+
+class Tuner:
+    """Raises ConfigurationError when the model or the settings do not fit the machine."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        self._settings = settings
+        self._loaded: LoadedModel = load_model(resolve_folder(settings.model, settings.revision), settings)
+        self.is_cuda = self._loaded.device.type == "cuda"
+
+    @property
+    def limits(self) -> tuple[list[int], list[int]]:
+        """(Sequences, tokens) that are worth trying here."""
+        return GPU_LIMITS if self.is_cuda else CPU_LIMITS
+
+    def measure(self, max_num_seqs: int, max_batch_tokens: int, seconds: float, num_tokens: int) -> Point:
+        """Prompts and outputs of `num_tokens` on average, for so many seconds after the rows are full or nearly so."""
+        changes = {"max_num_seqs": max_num_seqs, "max_batch_tokens": max_batch_tokens}
+        try:
+            engine = Engine(self._loaded, msgspec.structs.replace(self._settings, **changes))
+            return self._run(engine, max_num_seqs, max_batch_tokens, seconds, num_tokens)
+        finally:
+            engine = None  # type: ignore[assignment]  # its memory is free before the next one takes its own
+            if self.is_cuda:
+                torch.cuda.synchronize(self._loaded.device)
+            gc.collect()
+            if self.is_cuda:
+                torch.cuda.empty_cache()
+
+    def _run(self, engine: Engine, max_num_seqs: int, max_batch_tokens: int, seconds: float, num_tokens: int) -> Point:
+        rng, next_id = np.random.default_rng(0), 0
+        longest = min(2 * num_tokens, self._loaded.max_model_len // 2, engine.scheduler.blocks.capacity // 2)
+        if longest < 2:
+            raise ConfigurationError("the KV cache is too small to measure anything: raise engine.kv_tokens")
+        times: list[float] = []
+        num_output = num_computed = 0
+        started, filled = time.perf_counter(), False
+        last = started
+        while not filled or last - started < seconds:
+            while engine.scheduler.num_waiting < max_num_seqs:
+                next_id += 1
+                prompt = rng.integers(0, self._loaded.vocab_size, int(rng.integers(1, longest + 1)))
+                num_out = int(rng.integers(1, longest + 1))
+                engine.add(NewSequence(next_id, prompt.astype("<i4").tobytes(), num_out, (), 1.0, 1.0, 0, next_id, 0))
+            running = engine.scheduler.num_running
+            frame = engine.step()
+            now = time.perf_counter()
+            if frame is not None and filled:
+                times.append(now - last)
+                num_output += len(frame.token_ids) // 4
+                num_computed += frame.num_scheduled_tokens
+            elif running >= max_num_seqs or running == engine.scheduler.num_running > 0 or now - started > seconds:
+                filled, started = True, now  # no more rows than these have room
+            last = now
+        elapsed = last - started
+        return Point(
+            max_num_seqs,
+            max_batch_tokens,
+            num_output / elapsed,
+            num_computed / elapsed,
+            1e3 * float(np.median(times)),
+            1e3 * float(np.quantile(times, 0.99)),
+            engine.scheduler.blocks.capacity,
+        )
+
+
+def best_of(points: list[Point]) -> Point:
+    """The most output tokens; of those that give nearly as many, the one with the least latency."""
+    most = max(point.output_tokens_per_s for point in points)
+    return min(
+        (point for point in points if point.output_tokens_per_s >= _NEARLY * most), key=lambda point: point.latency_ms
+    )
