@@ -4,7 +4,6 @@ import itertools
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import msgspec
 
@@ -85,7 +84,7 @@ class Preparation:
         for line, of_line in itertools.groupby(pieces, key=lambda piece: piece.request.line):
             group = list(of_line)
             try:
-                self._encode(group)
+                self._cut(group, self._encode(group))
                 sound += group
             except Exception as error:
                 logger.exception("the request of line %d cannot be prepared", line)
@@ -247,7 +246,7 @@ class Preparation:
             request = requests.setdefault(id(piece.request), of_token_ids(piece.request, kept))
             params = msgspec.structs.replace(piece.params, truncated_tokens=len(ids) - len(kept))
             key = self._key(piece.owner, request, params, piece.sample)
-            cut[id(piece)] = replace(piece, request=request, params=params, key=key)
+            cut[id(piece)] = msgspec.structs.replace(piece, request=request, params=params, key=key)
         return cut
 
     def _too_long(self, num_tokens: int, most: int, kind: Kind) -> Failure:
