@@ -273,7 +273,7 @@ def _name_by_content(settings: Settings) -> Settings:
     decisive = [files, ENGINE_VERSION, engine.dtype, engine.device, engine.attention, engine.max_model_len]
     decisive += [engine.task, engine.pooling, engine.normalize]
     digest = hashlib.sha256(msgspec.json.encode(decisive)).hexdigest()[:_DIGEST_DIGITS]
-    return msgspec.structs.replace(settings, model_name=f"{settings.served_model}-{digest}")
+    return msgspec.structs.replace(settings, model_name=f"{settings.served_model}-{digest}", also_serves=())
 
 
 def _in_folder(settings: Settings, folder: "StateFolder") -> Settings:

@@ -8,8 +8,14 @@ import click
 @click.command("worker", short_help="Work on what is in the queue.")
 @click.option("--model", metavar="MODEL", help="A folder with a model, or a name on the model hub.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
+@click.option(
+    "--also-serve",
+    multiple=True,
+    metavar="NAME",
+    help="Take what is for this name too, and answer it with the same model; can be given several times.",
+)
 @click.option("--drain-seconds", type=float, metavar="SECONDS", help="How long to go on when stopped.")
-def command(model: str | None, device: str | None, drain_seconds: float | None) -> None:
+def command(model: str | None, device: str | None, also_serve: tuple[str, ...], drain_seconds: float | None) -> None:
     """Take Chunks from the queue, run the model over them, and store the Results.
 
     SIGTERM or Ctrl-C stops it in order: nothing more is taken, what ends within --drain-seconds is finished, the rest
@@ -24,7 +30,14 @@ def command(model: str | None, device: str | None, drain_seconds: float | None) 
     from cli.worker_packages import check_worker_packages
     from protocol.settings import load_settings
 
-    settings = load_settings({"engine.model": model, "engine.device": device, "drain_seconds": drain_seconds})
+    settings = load_settings(
+        {
+            "engine.model": model,
+            "engine.device": device,
+            "also_serves": also_serve or None,
+            "drain_seconds": drain_seconds,
+        }
+    )
     check_worker_packages()
     from worker.main import run_worker
 

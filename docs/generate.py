@@ -5,7 +5,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 from click.testing import CliRunner
@@ -61,7 +61,7 @@ def _rows(struct: type[msgspec.Struct], prefix: str) -> Iterator[str]:
             continue
         dotted = prefix + field.name
         variable = settings.ENV_PREFIX + dotted.replace(".", "_").upper()
-        default = "" if field.default is None else f"`{_shown(field.default)}`"
+        default = "" if field.default in (None, ()) else f"`{_shown(field.default)}`"
         cells = [f"`{dotted}`<br>`{variable}`", _type(types[field.name]), default, _limits(dotted, types[field.name])]
         yield "| " + " | ".join([*cells, texts[field.name]]) + " |"
 
@@ -86,6 +86,8 @@ def _shown(value: Any) -> str:
 
 
 def _type(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return "list of texts"
     names = {str: "text", int: "integer", float: "number", bool: "true or false"}
     return next((names[part] for part in (hint, *get_args(hint)) if part in names), "text")
 

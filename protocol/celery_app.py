@@ -42,12 +42,13 @@ def chunk_queue(model: str, priority: Priority) -> str:
     return bulk_queue(model) if priority == "bulk" else normal_queue(model)
 
 
-def chunk_queues(model: str) -> dict[str, tuple[int, ...]]:
-    """All queues of Chunks, with the classes, as `rank` numbers them, whose Chunks their messages are for."""
+def chunk_queues(*models: str) -> dict[str, tuple[int, ...]]:
+    """The queues of these models' Chunks, with the classes, numbered by `rank`, whose Chunks their messages are for."""
     ranks: dict[str, tuple[int, ...]] = {}
-    for priority in PRIORITIES:
-        queue = chunk_queue(model, priority)
-        ranks[queue] = (*ranks.get(queue, ()), rank(priority))
+    for model in models:
+        for priority in PRIORITIES:
+            queue = chunk_queue(model, priority)
+            ranks[queue] = (*ranks.get(queue, ()), rank(priority))
     return ranks
 
 

@@ -25,6 +25,8 @@ CONFIG_VARIABLE = "MILLRACE_CONFIG"
 DEFAULT_CONFIG_FILE = "millrace.toml"
 #: Set by a supervising parent for its own child, so it is no setting: the descriptor whose end-of-file means "stop".
 PARENT_FD_VARIABLE = "MILLRACE_PARENT_FD"
+#: Settings that are several words, which a variable holds with commas between them.
+_LISTS = ("also_serves",)
 _NO_SETTINGS = (CONFIG_VARIABLE, PARENT_FD_VARIABLE, FAULT_VARIABLE)
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -118,6 +120,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The ledger: SQLite, with a broker on the same machine only, or `postgresql+psycopg://user:password@host/name`."""
     model_name: str | None = None
     """The name clients ask for, and part of the queue's; unset: the last part of engine.model."""
+    also_serves: tuple[str, ...] = ()
+    """Further names whose Jobs and calls this worker takes too, and answers with the one model it has; in the variable
+    with commas between them."""
     tenant: str = "default"
     """Whose Jobs and answers these are: tenants see nothing of each other."""
     engine: EngineSettings = EngineSettings()
@@ -157,6 +162,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def served_model(self) -> str:
         return self.model_name or self.engine.model.rstrip("/").rsplit("/", 1)[-1]
 
+    @property
+    def served_models(self) -> tuple[str, ...]:
+        """All names whose queues a worker takes from, its own first."""
+        return tuple(dict.fromkeys((self.served_model, *self.also_serves)))
+
     def check(self) -> None:
         """Raises ConfigurationError naming the first setting whose value is out of range, and its limits."""
         for name, (least, most) in LIMITS.items():
@@ -171,6 +181,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ConfigurationError(
                 f"engine.device={self.engine.device!r} is unknown: it is auto, cpu, cuda or cuda:N"
             )
+        for name in self.also_serves:
+            if not name or "," in name:
+                raise ConfigurationError(f"also_serves has {name!r}: a name has a character at least, and no comma")
         _check_broker(self.broker_url)
 
     def _value(self, dotted: str) -> Any:
@@ -203,7 +216,8 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[s
     values = _read_toml(environ)
     for name, text in environ.items():
         if name.startswith(ENV_PREFIX) and name not in _NO_SETTINGS:
-            _place(values, _dotted(name), text, source=f"the variable {name}")
+            dotted = _dotted(name)
+            _place(values, dotted, _listed(text) if dotted in _LISTS else text, source=f"the variable {name}")
     for dotted, value in (overrides or {}).items():
         if value is not None:
             _place(values, dotted, value, source=f"the option {dotted}")
@@ -240,6 +254,10 @@ def _dotted(variable: str) -> str:
     if name.startswith("engine_") and name not in Settings.__struct_fields__:
         return "engine." + name.removeprefix("engine_")
     return name
+
+
+def _listed(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _place(values: dict[str, Any], dotted: str, value: Any, source: str) -> None:

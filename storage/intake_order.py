@@ -19,23 +19,26 @@ _MAX_JOBS = 200
 
 _UNDER_WAY = (
     select(chunks.c.tenant, chunks.c.job_id, func.sum(chunks.c.num_requests))
-    .where(chunks.c.model == bindparam("model"), is_leased)
+    .where(chunks.c.model.in_(bindparam("models", expanding=True)), is_leased)
     .group_by(chunks.c.tenant, chunks.c.job_id)
 )
 
 
-def next_chunks(connection: Connection, model: str, ranks: Collection[int], min_age_s: float) -> Iterator[int]:
-    """Waiting Chunks of Jobs of these classes, the first of each Job, in that order; made at least so long ago.
+def next_chunks(
+    connection: Connection, models: Collection[str], ranks: Collection[int], min_age_s: float
+) -> Iterator[int]:
+    """Waiting Chunks of Jobs of these models and classes, the first of each Job, in that order; made at
+    least so long ago.
 
     Their rows are locked as they are given; those that somebody else has locked are passed over.
     """
-    waiting = list(connection.execute(_jobs_with_work(tuple(sorted(ranks))), {"model": model}))
+    waiting = list(connection.execute(_jobs_with_work(tuple(sorted(ranks))), {"models": list(models)}))
     if not waiting:
         return
     by_tenant: Counter[str] = Counter()
     by_job: Counter[str] = Counter()
     if len(waiting) > 1:
-        for tenant, job_id, num_requests in connection.execute(_UNDER_WAY, {"model": model}):
+        for tenant, job_id, num_requests in connection.execute(_UNDER_WAY, {"models": list(models)}):
             by_tenant[tenant] += num_requests
             by_job[job_id] = num_requests
     # Sorting is stable, so equals stay in the order of their age.
@@ -65,7 +68,10 @@ def _jobs_with_work(ranks: tuple[int, ...]) -> Select[tuple[str, str, int]]:
     return (
         select(jobs.c.id, jobs.c.tenant, jobs.c.priority)
         .where(
-            jobs.c.model == bindparam("model"), is_open, jobs.c.priority.in_(ranks), work.scalar_subquery().is_not(None)
+            jobs.c.model.in_(bindparam("models", expanding=True)),
+            is_open,
+            jobs.c.priority.in_(ranks),
+            work.scalar_subquery().is_not(None),
         )
         .order_by(jobs.c.priority, jobs.c.created_at, jobs.c.id)
         .limit(_MAX_JOBS)

@@ -43,7 +43,7 @@ _REQUESTS = select(chunk_requests.c.requests).where(chunk_requests.c.chunk_id ==
 
 _EXPIRED = (
     select(chunks.c.id)
-    .where(chunks.c.model == bindparam("model"), is_leased, chunks.c.leased_until <= now_once())
+    .where(chunks.c.model.in_(bindparam("models", expanding=True)), is_leased, chunks.c.leased_until <= now_once())
     .where(or_(chunks.c.owner != bindparam("owner"), chunks.c.id.not_in(bindparam("held", expanding=True))))
     .order_by(chunks.c.leased_until)
     .limit(1)
@@ -106,7 +106,7 @@ def claim(ledger: Ledger, chunk_id: int, owner: str, lease_s: float) -> Lease | 
 
 def claim_next(
     ledger: Ledger,
-    model: str,
+    models: Collection[str],
     owner: str,
     lease_s: float,
     *,
@@ -114,7 +114,7 @@ def claim_next(
     min_age_s: float = 0.0,
     held: Collection[int] = (),
 ) -> Lease | None:
-    """Lease the Chunk of `model` whose turn it is, among Jobs of these classes; None when there is none.
+    """Lease the Chunk of these `models` whose turn it is, among Jobs of these classes; None when there is none.
 
     `held` are the Chunks that `owner` believes to hold: their leases may have run out while it slept, and are for it
     to renew. Its other leases it has given up, and may take again like anybody's.
@@ -125,8 +125,8 @@ def claim_next(
     """
 
     def work(connection: Connection) -> Lease | None:
-        expired = connection.execute(_EXPIRED, {"model": model, "owner": owner, "held": list(held)}).scalars()
-        for chunk_id in chain(expired, next_chunks(connection, model, ranks, min_age_s)):
+        expired = connection.execute(_EXPIRED, {"models": list(models), "owner": owner, "held": list(held)}).scalars()
+        for chunk_id in chain(expired, next_chunks(connection, models, ranks, min_age_s)):
             lease = _lease(connection, _CLAIM, chunk_id, owner, lease_s)
             if lease is not None:
                 return lease

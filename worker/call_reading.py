@@ -33,21 +33,22 @@ _READERS: dict[Kind, Callable[[Mapping[str, Any], LineHead], Request]] = {
 }
 
 
-def read_call(kind: Kind, args: Sequence[Any], kwargs: Mapping[str, Any], model: str) -> Request:
+def read_call(kind: Kind, args: Sequence[Any], kwargs: Mapping[str, Any], models: Sequence[str]) -> Request:
     """Raises InvalidRequest, whose message holds nothing of the content."""
     try:
         fields = {name: value for name, value in kwargs.items() if value is not None}
-        _check_model(fields.pop("model", None), model)
+        _check_model(fields.pop("model", None), models)
         if fields.setdefault("kind", kind) != kind:
             raise InvalidRequest("invalid_parameter", f"kind is {kind} in this task: leave it out")
-        return _READERS[kind](_with_argument(kind, args, fields), LineHead(1, None, (model,)))
+        return _READERS[kind](_with_argument(kind, args, fields), LineHead(1, None, models))
     except InvalidRequest as error:
         raise InvalidRequest(error.code, _without_content(error.message, args, kwargs)) from None
 
 
-def _check_model(asked: object, model: str) -> None:
-    if asked is None or asked == model:
+def _check_model(asked: object, models: Sequence[str]) -> None:
+    if asked is None or asked in models:
         return
+    model = models[0]
     raise InvalidRequest(
         "unknown_model",
         f"the task asks for a model that is not this worker's, which is {model!r}: leave model out, or send the task "

@@ -6,7 +6,7 @@ A thread of its own takes them up, so that none waits for a Chunk to be prepared
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from protocol.errors import InvalidRequest
 from protocol.requests import Answer, Failure
@@ -24,14 +24,14 @@ class CallService:
     def __init__(
         self,
         inference: Inference,
-        model: str,
+        models: Sequence[str],
         tenant: str,
         *,
         keep: Callable[[bytes, Answer], None],
         on_fatal: Callable[[str], None],
     ) -> None:
         self._inference = inference
-        self._model = model
+        self._models = models
         self._tenant = tenant
         self._keep = keep
         self._on_fatal = on_fatal
@@ -87,7 +87,7 @@ class CallService:
         if call is None:
             return  # cancelled before its turn
         try:
-            request = read_call(ticket.kind, ticket.args, ticket.kwargs, self._model)
+            request = read_call(ticket.kind, ticket.args, ticket.kwargs, self._models)
             self._inference.run(call, [request])
         except InvalidRequest as error:
             self._end(call, error_of(Failure(error.code, error.message)))

@@ -229,8 +229,8 @@ class ChunkService:
     def _claim_next(self, ranks: Collection[int], min_age_s: float = 0.0) -> Lease | None:
         with self._open_lock:
             held = list(self._open)
-        model, lease_s = self.settings.served_model, self.settings.lease_seconds
-        lease = claim_next(self._ledger, model, self.owner, lease_s, ranks=ranks, min_age_s=min_age_s, held=held)
+        models, lease_s = self.settings.served_models, self.settings.lease_seconds
+        lease = claim_next(self._ledger, models, self.owner, lease_s, ranks=ranks, min_age_s=min_age_s, held=held)
         if lease is not None:
             fault_point("claimed")
         return lease

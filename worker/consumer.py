@@ -76,9 +76,10 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
             parts.interactive.put_back(message, task_id, name)
             return
         if name in CALL_TASKS:
+            model = parts.models[0]
             error: Exception = ValueError(
-                f"unsupported_kind: the model {parts.model!r} is not served for {CALL_TASKS[name]}: send the task to "
-                f"the queue of a model that is, which is called like {interactive_queue(parts.model)}"
+                f"unsupported_kind: the model {model!r} is not served for {CALL_TASKS[name]}: send the task to "
+                f"the queue of a model that is, which is called like {interactive_queue(model)}"
             )
         else:
             error = NotRegistered(name)

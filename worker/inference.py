@@ -152,6 +152,7 @@ class Inference:
         ready: EngineReady = self.engine
         return {
             "model": self._settings.served_model,
+            "also_serves": ", ".join(self._settings.served_models[1:]),
             "task": ready.task,
             "engines": self.num_engines,
             "device": ready.device,

@@ -51,7 +51,7 @@ class InteractiveQueues(bootsteps.StartStopStep):  # type: ignore[misc]  # celer
         self._num_waiting = 0  # messages that are kept for a later time, and so do not count
         self._set_prefetch()
         queues = consumer.app.amqp.queues
-        names = filter(None, (interactive_queue(self._parts.model), self._parts.shared_queue))
+        names = filter(None, (*map(interactive_queue, self._parts.models), self._parts.shared_queue))
         self._consumer = consumer.app.amqp.TaskConsumer(
             self._channel,
             queues=[queues[name] if name in queues else queues.new_missing(name) for name in names],

@@ -60,8 +60,9 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
         on_fatal=give_up,
         engine_module=engine_module,
     )
-    calls = CallService(service.inference, settings.served_model, settings.tenant, keep=service.keep, on_fatal=give_up)
-    parts = PoolParts(service, calls, settings.served_model, settings.shared_queue, lambda: worker.consumer)
+    models = settings.served_models
+    calls = CallService(service.inference, models, settings.tenant, keep=service.keep, on_fatal=give_up)
+    parts = PoolParts(service, calls, models, settings.shared_queue, lambda: worker.consumer)
     app.millrace = parts
     app.steps["consumer"].add(InteractiveQueues)
     show_all_queues()
@@ -71,7 +72,7 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
         consumer_cls=Consumer,
         concurrency=_PREFETCH,
         prefetch_multiplier=1,
-        queues=list(chunk_queues(settings.served_model)),
+        queues=list(chunk_queues(*models)),
         hostname=f"{settings.served_model}@{service.owner.replace(':', '-')}",
         loglevel=settings.log_level,
         quiet=True,

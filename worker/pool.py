@@ -30,7 +30,7 @@ class PoolParts:
 
     chunks: ChunkService
     calls: CallService
-    model: str
+    models: tuple[str, ...]  # served names, its own first
     shared_queue: str
     consumer: Callable[[], Any]  # Celery's, None before it is made
     max_calls: int = 1  # messages of calls that are in flight at once
@@ -48,7 +48,7 @@ class EnginePool(BasePool):  # type: ignore[misc]  # celery has no types
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.parts: PoolParts = self.app.millrace
-        self.queues = chunk_queues(self.parts.model)
+        self.queues = chunk_queues(*self.parts.models)
         self._hub: Any = None
 
     def register_with_event_loop(self, loop: Any) -> None:

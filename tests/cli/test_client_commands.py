@@ -42,7 +42,7 @@ def answer(database_url: str) -> Callable[[], None]:
 
     def answer() -> None:
         ledger = Ledger(database_url)
-        lease = claim_next(ledger, "tiny", "worker", 60, min_age_s=0)
+        lease = claim_next(ledger, ["tiny"], "worker", 60, min_age_s=0)
         assert lease is not None
         results = [
             Result(
@@ -410,7 +410,7 @@ def test_verify_proves_a_finished_job_and_its_file_and_names_what_is_wrong_with_
 def test_dead_letters_are_listed_shown_dropped_and_replayed_by_job_and_line(here: Invoke, database_url: str) -> None:
     job = here("submit", "prompts.jsonl").stdout.strip()
     with closing(Ledger(database_url)) as ledger:
-        lease = claim_next(ledger, "tiny", "worker", 60, min_age_s=0)
+        lease = claim_next(ledger, ["tiny"], "worker", 60, min_age_s=0)
         assert lease is not None
         failure = Failure("engine_died", "the engine died of it")
         commit(ledger, [ChunkCommit(lease, [Result(line=line, failure=failure) for line in (1, 3)], is_finished=True)])

@@ -47,7 +47,7 @@ def answering(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -
 
     def answer(_self: LocalSystem, _num_results: int) -> None:
         job, *_ = list_jobs(ledger, "default", 1)
-        lease = claim_next(ledger, job.model, "worker", 60, min_age_s=0)
+        lease = claim_next(ledger, [job.model], "worker", 60, min_age_s=0)
         if lease is None:
             return
         answers = {
@@ -340,7 +340,7 @@ def failing(tmp_path: Path) -> Callable[[LocalSystem, int], None]:
     def fail(_self: LocalSystem, _num_results: int) -> None:
         with closing(Ledger(f"sqlite:///{tmp_path}/.millrace/ledger.db")) as ledger:
             job, *_ = list_jobs(ledger, "default", 1)
-            lease = claim_next(ledger, job.model, "worker", 60, min_age_s=0)
+            lease = claim_next(ledger, [job.model], "worker", 60, min_age_s=0)
             if lease is None:
                 return
             died = Failure("engine_died", "it died")

@@ -21,6 +21,8 @@ from tests.e2e.conftest import PATIENCE_S, ROOT
 #: In every prompt; also what the model says begins with it, since its answers are as random as its weights.
 MARKER = "xyzzy-plugh"
 LEASE_S = 3
+#: A name the worker serves beside its own.
+TWIN = "twin"
 
 
 def wait_until(is_so: Callable[[], Any], what: str = "it") -> Any:
@@ -46,6 +48,7 @@ class Beside:
             "ENGINE_MAX_NUM_SEQS": "16",
             "LEASE_SECONDS": str(LEASE_S),
             "LOG_LEVEL": "DEBUG",
+            "ALSO_SERVES": TWIN,
         }
         self._started: list[subprocess.Popen[bytes]] = []
         ledger = Ledger(self.database_url)

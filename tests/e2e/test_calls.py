@@ -24,7 +24,7 @@ from protocol.settings import Settings
 from storage.ledger import Ledger
 from storage.tables import answers, jobs
 from tests.e2e.conftest import PATIENCE_S, ROOT
-from tests.e2e.foreign import LEASE_S, MARKER, Beside, Watched, app, beside, generate, wait_until, watched
+from tests.e2e.foreign import LEASE_S, MARKER, TWIN, Beside, Watched, app, beside, generate, wait_until, watched
 
 __all__ = ["app", "beside", "watched"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="stops processes by signals")
@@ -68,6 +68,28 @@ def test_a_call_is_answered_and_its_answer_is_known_from_then_on(app: Celery, be
     assert (received["args"], received["kwargs"]) == ("(<17 characters>,)", "{max_tokens: 8, temperature: 0}")
     assert succeeded["result"] == f"1 answer, {answer['usage']['prompt_tokens']} tokens in, 8 out"
     assert watched.of(again.id)[-1]["result"].startswith("1 answer (known), ")
+
+
+def test_a_worker_serves_a_second_name_it_was_told_of_and_no_third(app: Celery, beside: Beside) -> None:
+    own = get(generate(app, "named").delay())
+    queue = interactive_queue(TWIN)
+    assert get(generate(app, "named", model=TWIN).apply_async(queue=queue))["text"] == own["text"]
+
+    def settings(name: str) -> Settings:
+        return Settings(broker_url=beside.redis_url, database_url=beside.database_url, model_name=name)
+
+    with Client(settings("third")) as third, Client(settings(TWIN)) as twin:
+        left = third.submit([f"{MARKER} left"])
+        job = twin.submit(
+            [{"prompt": f"{MARKER} named", "model": TWIN}], params=SamplingParams(temperature=0, max_tokens=8)
+        )
+        (result,) = twin.results(job, timeout_s=PATIENCE_S)
+        assert result.answer is not None
+        assert (result.answer.text, result.is_cached) == (own["text"], True)
+        assert third.status(left).num_requests_waiting == 1
+        third.cancel(left)
+    stats = worker_stats(app)
+    assert (stats["model"], stats["also_serves"]) == ("tiny", TWIN)
 
 
 def test_runtime_is_that_of_the_engine(app: Celery, watched: Watched) -> None:

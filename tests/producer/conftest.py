@@ -43,7 +43,7 @@ def answered(request: Request, sample: int = 0) -> Result:
 
 def answer_oldest(ledger: Ledger, *, num_samples: int = 1, closes_job: bool = True) -> list[int]:
     """Do a worker's work on the oldest Chunk; returns its lines."""
-    lease = claim_next(ledger, MODEL, "worker", 60, min_age_s=0)
+    lease = claim_next(ledger, [MODEL], "worker", 60, min_age_s=0)
     assert lease is not None
     results = [answered(request, sample) for request in lease.requests for sample in range(num_samples)]
     commit(ledger, [ChunkCommit(lease, results, is_finished=True)])

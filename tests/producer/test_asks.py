@@ -38,7 +38,7 @@ def worker(
 
     def work() -> None:
         while not is_over.wait(0.005):
-            while (lease := claim_next(ledger, MODEL, "worker", 60, min_age_s=0)) is not None:
+            while (lease := claim_next(ledger, [MODEL], "worker", 60, min_age_s=0)) is not None:
                 claimed.append(lease)
                 results = [answered(request) for request in lease.requests] if answer is None else answer(lease)
                 commit(ledger, [ChunkCommit(lease, results, is_finished=True)])

@@ -253,7 +253,7 @@ def test_lines_may_ask_for_the_served_model_alone_unless_told_otherwise(
 
 def test_results_come_in_the_order_of_the_input_though_chunks_finish_in_another(client: Client, ledger: Ledger) -> None:
     job = client.submit([f"p{number}" for number in range(8)])
-    first = claim_next(ledger, MODEL, "slow", 60, min_age_s=0)
+    first = claim_next(ledger, [MODEL], "slow", 60, min_age_s=0)
     assert first is not None
     assert answer_oldest(ledger) == [5, 6, 7, 8]
     assert lines_of(client.results(job, wait=False)) == [5, 6, 7, 8]
@@ -285,7 +285,7 @@ def test_results_arrive_while_the_job_runs(client: Client, ledger: Ledger) -> No
 
 def test_results_hold_back_what_comes_after_a_gap(client: Client, ledger: Ledger) -> None:
     job = client.submit([f"p{number}" for number in range(12)])
-    claim_next(ledger, MODEL, "slow", 60, min_age_s=0)
+    claim_next(ledger, [MODEL], "slow", 60, min_age_s=0)
     answer_oldest(ledger)
     answer_oldest(ledger)
 

@@ -274,7 +274,7 @@ def test_what_comes_before_a_break_stands_and_the_repaired_file_goes_on_with_it(
     message = str(raised.value)
     assert f"{path} breaks off after line {position}, at byte " in message
     assert f"--job {job.identity} goes on with it" in message
-    lease = claim_next(ledger, "tiny", "worker", 60, min_age_s=0)
+    lease = claim_next(ledger, ["tiny"], "worker", 60, min_age_s=0)
     assert lease is not None, "what stands is worked on"
 
     path.write_bytes(whole)

@@ -33,7 +33,7 @@ def never_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def take_oldest(ledger: Ledger, owner: str = "slow") -> Lease:
-    lease = claim_next(ledger, MODEL, owner, 60, min_age_s=0)
+    lease = claim_next(ledger, [MODEL], owner, 60, min_age_s=0)
     assert lease is not None
     return lease
 
@@ -175,7 +175,7 @@ def test_threads_share_a_client(client: Client, ledger: Ledger, store: Callable[
     with ThreadPoolExecutor(num_threads) as pool:
         readers = [pool.submit(submit_and_read, number) for number in range(num_threads)]
         for _ in range(2 * num_threads):
-            while (lease := claim_next(ledger, MODEL, "worker", 60, min_age_s=0)) is None:
+            while (lease := claim_next(ledger, [MODEL], "worker", 60, min_age_s=0)) is None:
                 threading.Event().wait(0.01)
             store(lease, *range(1, 7), is_finished=True)
             close_job_if_done(ledger, lease.job_id)

@@ -1,5 +1,7 @@
 """Settings: what is refused at the edge, before anything is made or started."""
 
+from pathlib import Path
+
 import pytest
 
 from protocol.errors import ConfigurationError
@@ -67,6 +69,18 @@ def test_every_number_has_limits() -> None:
 def test_unknown_choice_is_refused_with_those_there_are(name: str, value: str, known: str) -> None:
     with pytest.raises(ConfigurationError, match=f"={value!r} is unknown: it is .*{known}"):
         load_settings(environ={f"MILLRACE_{name.upper()}": value})
+
+
+def test_names_served_besides_come_with_commas_between_them_and_survive_the_way_to_a_child(tmp_path: Path) -> None:
+    from worker.local.system import settings_environ
+
+    settings = load_settings(environ={"MILLRACE_ALSO_SERVES": "b, a,,tiny", "MILLRACE_MODEL_NAME": "tiny"})
+
+    assert settings.served_models == ("tiny", "b", "a")
+    assert load_settings(environ=settings_environ(settings)) == settings
+    (tmp_path / "millrace.toml").write_text('also_serves = ["a,b"]')
+    with pytest.raises(ConfigurationError, match=r"also_serves has 'a,b': a name has .* no comma"):
+        load_settings(environ={"MILLRACE_CONFIG": str(tmp_path / "millrace.toml")})
 
 
 @pytest.mark.parametrize("environ", [{}, {"MILLRACE_ENGINE_MODEL": "m"}])

@@ -163,7 +163,7 @@ def test_deleting_while_workers_commit_leaves_nothing_behind(ledger: Ledger) -> 
     is_started = threading.Event()
 
     def work() -> None:
-        while (lease := claim_next(ledger, MODEL, "worker", 60, min_age_s=0)) is not None:
+        while (lease := claim_next(ledger, [MODEL], "worker", 60, min_age_s=0)) is not None:
             for request in lease.requests:
                 commit(ledger, [ChunkCommit(lease, [answered(request.line)], is_finished=request.line % 2 == 0)])
                 is_started.set()

@@ -8,13 +8,13 @@ from protocol.priority import PRIORITIES
 from storage.jobs import find_job, set_priority
 from storage.leases import claim_next
 from storage.ledger import Ledger
-from tests.storage.samples import MODEL, new_chunk, new_job
+from tests.storage.samples import MODEL, expire, new_chunk, new_job, new_lease
 
 
 def claim_all(ledger: Ledger, most: int = 100) -> list[str]:
     """The Jobs of the Chunks claimed, in that order; nothing of them is finished meanwhile."""
     taken: list[str] = []
-    while len(taken) < most and (lease := claim_next(ledger, MODEL, "worker-1", 60)) is not None:
+    while len(taken) < most and (lease := claim_next(ledger, [MODEL], "worker-1", 60)) is not None:
         taken.append(lease.job_id)
     return taken
 
@@ -59,7 +59,7 @@ def test_a_more_urgent_class_goes_first_and_only_the_classes_asked_for_are_given
         new_chunk(ledger, job, [1])
         new_chunk(ledger, job, [2])
 
-    lease = claim_next(ledger, MODEL, "worker-1", 60, ranks=[2])
+    lease = claim_next(ledger, [MODEL], "worker-1", 60, ranks=[2])
     assert lease is not None
     assert (lease.job_id, lease.priority) == (jobs["bulk"].id, 2)
     assert claim_all(ledger) == [jobs[name].id for name in ("interactive", "interactive", "normal", "normal", "bulk")]
@@ -73,6 +73,21 @@ def test_a_job_can_be_made_more_urgent_while_it_waits(ledger: Ledger) -> None:
 
     assert find_job(ledger, second.id, "acme").priority == "interactive"
     assert claim_all(ledger) == [second.id, first.id]
+
+
+def test_several_models_are_served_as_one_and_no_other(ledger: Ledger) -> None:
+    own, other = new_job(ledger, "own"), new_job(ledger, "other", model="other", priority="interactive")
+    lost, foreign = new_job(ledger, "lost", model="other"), new_job(ledger, "foreign", model="foreign")
+    for job in (own, other, foreign):
+        new_chunk(ledger, job, [1])
+    expired = new_lease(ledger, new_chunk(ledger, lost, [1]), "who died")
+    expire(ledger, expired.chunk_id)
+
+    taken = []
+    while (lease := claim_next(ledger, [MODEL, "other"], "worker-1", 60)) is not None:
+        taken.append((lease.job_id, lease.model))
+
+    assert taken == [(lost.id, "other"), (other.id, "other"), (own.id, MODEL)]
 
 
 @pytest.mark.parametrize("state", ["cancelled", "other model"])

@@ -141,7 +141,7 @@ def test_a_chunk_of_failures_alone_is_finished_at_once(ledger: Ledger) -> None:
     chunk_id = append_chunk(ledger, job.id, first_line=1, last_line=2, requests=[], failures=[failed(1), failed(2)])
 
     assert chunk_id is None
-    assert claim_next(ledger, MODEL, "worker-1", 60, min_age_s=0) is None
+    assert claim_next(ledger, [MODEL], "worker-1", 60, min_age_s=0) is None
     assert read_results(ledger, job.id) == [failed(1), failed(2)]
     status = job_status(ledger, job.id)
     assert (status.num_error, status.num_chunks, status.num_chunks_finished) == (2, 1, 1)
@@ -309,7 +309,7 @@ def test_a_cancelled_job_gives_nothing_to_claim_and_loses_its_leases(ledger: Led
     assert cancel_job(ledger, job.id)
 
     assert claim(ledger, waiting, "worker-2", 60) is None
-    assert claim_next(ledger, MODEL, "worker-2", 60, min_age_s=0) is None
+    assert claim_next(ledger, [MODEL], "worker-2", 60, min_age_s=0) is None
     assert commit(ledger, [ChunkCommit(lease, [answered(2)], is_finished=False)]) == {stored}
     assert [result.line for result in read_results(ledger, job.id)] == [1]
     assert chunk_row(ledger, stored).num_ok == 1
@@ -351,4 +351,4 @@ def test_a_job_cancelled_during_intake_gets_no_chunk_afterwards(ledger: Ledger) 
         run_threads([partial(_submit_until_refused, ledger, job, barrier), partial(_cancel, ledger, job, barrier)])
         status = job_status(ledger, job.id)
         assert status.num_chunks_finished == status.num_chunks
-        assert claim_next(ledger, MODEL, "worker-1", 60, min_age_s=0) is None
+        assert claim_next(ledger, [MODEL], "worker-1", 60, min_age_s=0) is None

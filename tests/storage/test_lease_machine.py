@@ -91,7 +91,7 @@ class _LeaseMachine(RuleBasedStateMachine):
     def claim_next(self, owner: str) -> object:
         free = [chunk for chunk in self.chunks if chunk.state == "leased" and chunk.is_expired]
         free = free or [chunk for chunk in self.chunks if chunk.state == "waiting"][:1]
-        lease = claim_next(self.ledger, self.model, owner, 600, min_age_s=0)
+        lease = claim_next(self.ledger, [self.model], owner, 600, min_age_s=0)
         if lease is None:
             assert free == []
             return multiple()

@@ -117,7 +117,7 @@ def test_claim_next_takes_waiting_chunks_in_the_order_they_were_made(ledger: Led
     made = [new_chunk(ledger, job, [line]) for line in range(1, 6)]
 
     taken = []
-    while (lease := claim_next(ledger, MODEL, "worker-1", 60, min_age_s=0)) is not None:
+    while (lease := claim_next(ledger, [MODEL], "worker-1", 60, min_age_s=0)) is not None:
         taken.append(lease.chunk_id)
 
     assert taken == made
@@ -126,11 +126,11 @@ def test_claim_next_takes_waiting_chunks_in_the_order_they_were_made(ledger: Led
 def test_claim_next_leaves_young_chunks_to_their_messages(ledger: Ledger) -> None:
     job = new_job(ledger)
     chunk_id = new_chunk(ledger, job)
-    assert claim_next(ledger, MODEL, "worker-1", 60, min_age_s=100) is None
+    assert claim_next(ledger, [MODEL], "worker-1", 60, min_age_s=100) is None
 
     aged = update(chunks).where(chunks.c.id == chunk_id).values(created_at=now() - 101)
     ledger.write(lambda connection: connection.execute(aged))
-    lease = claim_next(ledger, MODEL, "worker-1", 60, min_age_s=100)
+    lease = claim_next(ledger, [MODEL], "worker-1", 60, min_age_s=100)
     assert lease is not None
     assert lease.chunk_id == chunk_id
 
@@ -142,7 +142,7 @@ def test_claim_next_takes_expired_leases_before_waiting_chunks(ledger: Ledger) -
     new_lease(ledger, second)
     expire(ledger, second)
 
-    taken = [claim_next(ledger, MODEL, "worker-2", 60, min_age_s=0) for _ in range(3)]
+    taken = [claim_next(ledger, [MODEL], "worker-2", 60, min_age_s=0) for _ in range(3)]
 
     assert [(lease.chunk_id, lease.attempt) if lease else None for lease in taken] == [(second, 2), (third, 1), None]
 
@@ -158,21 +158,21 @@ def test_claim_next_takes_no_chunk_from_an_owner_that_has_just_woken_up_and_hold
         expire(ledger, chunk_id)
 
     believed = {held, lost}
-    taken = [claim_next(ledger, MODEL, "worker-1", 60, min_age_s=0, held=believed) for _ in range(3)]
+    taken = [claim_next(ledger, [MODEL], "worker-1", 60, min_age_s=0, held=believed) for _ in range(3)]
 
     assert sorted(lease.chunk_id for lease in taken if lease) == [given_up, lost]
     assert taken[2] is None
     assert commit(ledger, [ChunkCommit(leases[0], [answered(1)], is_finished=False)]) == set()
     # Anybody else may have it, until its owner renews it.
     assert renew(ledger, "worker-1", {held: 1}, 60) == {held}
-    assert claim_next(ledger, MODEL, "worker-2", 60, min_age_s=0) is None
+    assert claim_next(ledger, [MODEL], "worker-2", 60, min_age_s=0) is None
     expire(ledger, held)
-    assert claim_next(ledger, MODEL, "worker-2", 60, min_age_s=0, held=[held]) is not None
+    assert claim_next(ledger, [MODEL], "worker-2", 60, min_age_s=0, held=[held]) is not None
 
 
 def test_claim_next_takes_chunks_of_its_model_alone(ledger: Ledger) -> None:
     new_chunk(ledger, new_job(ledger))
-    assert claim_next(ledger, "another", "worker-1", 60, min_age_s=0) is None
+    assert claim_next(ledger, ["another"], "worker-1", 60, min_age_s=0) is None
 
 
 def test_a_released_chunk_waits_again_at_once(ledger: Ledger) -> None:
@@ -263,10 +263,10 @@ def test_threads_that_claim_at_the_same_time_get_each_chunk_once(ledger: Ledger)
         misses = 0
         while misses < 3:
             if number % 2:
-                lease = claim_next(ledger, MODEL, f"worker-{number}", 60, min_age_s=0)
+                lease = claim_next(ledger, [MODEL], f"worker-{number}", 60, min_age_s=0)
             else:
                 lease = claim(ledger, made[(len(taken) + number) % len(made)], f"worker-{number}", 60)
-                lease = lease or claim_next(ledger, MODEL, f"worker-{number}", 60, min_age_s=0)
+                lease = lease or claim_next(ledger, [MODEL], f"worker-{number}", 60, min_age_s=0)
             misses = misses + 1 if lease is None else 0
             if lease is not None:
                 taken.append(lease.chunk_id)
@@ -286,7 +286,7 @@ def _statements_of_a_claim(ledger: Ledger) -> list[tuple[str, Any]]:
 
     event.listen(Engine, "before_cursor_execute", note)
     try:
-        assert claim_next(ledger, MODEL, "worker-1", 60, min_age_s=1000) is None
+        assert claim_next(ledger, [MODEL], "worker-1", 60, min_age_s=1000) is None
     finally:
         event.remove(Engine, "before_cursor_execute", note)
     assert len(seen) == 3
@@ -335,7 +335,7 @@ def test_a_claim_on_sqlite_costs_the_same_with_a_hundred_times_as_many_chunks(sq
             add_many_chunks(ledger, job, num_chunks, state=state, age_s=1)
         ledger.read(watch)
         num_steps = 0
-        assert claim_next(ledger, MODEL, "worker-1", 60, min_age_s=1000) is None
+        assert claim_next(ledger, [MODEL], "worker-1", 60, min_age_s=1000) is None
         return num_steps
 
     few = cost(50)

@@ -64,7 +64,7 @@ def served(inference: FakeInference, *tickets: FakeTicket) -> list[tuple[bytes, 
     """Everything that was kept, when all of these have been taken up."""
     kept: list[tuple[bytes, Answer]] = []
     service = CallService(
-        cast("Inference", inference), "tiny", "default", keep=lambda *pair: kept.append(pair), on_fatal=pytest.fail
+        cast("Inference", inference), ["tiny"], "default", keep=lambda *pair: kept.append(pair), on_fatal=pytest.fail
     )
     for ticket in tickets:
         service.receive(ticket)
@@ -93,7 +93,7 @@ def test_a_cancelled_call_is_given_up_and_its_answer_comes_to_nobody() -> None:
     inference = FakeInference(cancel)
     kept: list[tuple[bytes, Answer]] = []
     service = CallService(
-        cast("Inference", inference), "tiny", "default", keep=lambda *pair: kept.append(pair), on_fatal=pytest.fail
+        cast("Inference", inference), ["tiny"], "default", keep=lambda *pair: kept.append(pair), on_fatal=pytest.fail
     )
     service.receive(ticket)
     service.start()
@@ -124,7 +124,7 @@ def test_calls_are_more_urgent_than_any_job_and_among_themselves_as_redis_serves
 
 def test_content_comes_by_position_by_keyword_or_from_the_task_before() -> None:
     def read(kind: Kind, *args: Any, **kwargs: Any) -> Request:
-        return read_call(kind, args, kwargs, "tiny")
+        return read_call(kind, args, kwargs, ["tiny"])
 
     assert read("generate", "a").prompt == read("generate", prompt="a").prompt == "a"
     assert read("generate", [1, 2]).prompt_token_ids == (1, 2)
@@ -151,13 +151,13 @@ def test_content_comes_by_position_by_keyword_or_from_the_task_before() -> None:
 )
 def test_what_is_no_request_is_refused(args: tuple[Any, ...], kwargs: dict[str, Any], code: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        read_call("generate", args, kwargs, "tiny")
+        read_call("generate", args, kwargs, ["tiny"])
     assert refused.value.code == code
 
 
 def test_a_refusal_quotes_no_words_of_the_caller() -> None:
     with pytest.raises(InvalidRequest, match="dimensions=<6 characters> is out of range"):
-        read_call("embed", ("a",), {"dimensions": "secret"}, "tiny")
+        read_call("embed", ("a",), {"dimensions": "secret"}, ["tiny"])
 
 
 def test_replies_are_counts_to_all_but_the_caller() -> None:

@@ -175,7 +175,8 @@ def settings_environ(settings: Settings) -> dict[str, str]:
     values = msgspec.structs.asdict(settings)
     engine = msgspec.structs.asdict(values.pop("engine"))
     values |= {f"engine_{name}": value for name, value in engine.items()}
-    environ = {ENV_PREFIX + name.upper(): str(value) for name, value in values.items() if value is not None}
+    shown = {name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in values.items()}
+    environ = {ENV_PREFIX + name.upper(): text for name, text in shown.items() if values[name] is not None}
     # No file of settings besides: it has been read already, and a value left unset here must stay unset.
     return {**environ, CONFIG_VARIABLE: "/dev/null"}
 
