@@ -128,3 +128,22 @@ def test_the_other_kernels_compile_for_hopper() -> None:
     assert [x.spilled_bytes for x in found] == [0, 0, 0]
     for kernel in found:
         assert ".v4.b32" in kernel.ptx  # 16 bytes at a time
+
+
+def test_the_sampler_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.engine.ahead_of_time import compiled
+    from worker.engine.kernels.sampling import sample_rows
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")  # with the logarithm that an interpreter does not know
+    whole, floats = torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    logits = torch.zeros(4, 151_936, dtype=torch.bfloat16)
+
+    with compiled() as found:
+        sample_rows(logits, whole, floats, floats, whole, floats, whole, whole, whole)
+
+    assert [x.kernel for x in found] == [
+        "_race_pieces", "_finish_race", "_collect", "_race_candidates", "_race_limited",
+    ]  # fmt: skip
+    # The last is for the rare row that nothing else serves.
+    assert [x.spilled_bytes for x in found[:4]] == [0, 0, 0, 0]
+    assert "lg2.approx" in found[0].ptx

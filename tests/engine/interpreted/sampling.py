@@ -28,15 +28,14 @@ def test_tokens_equal_those_of_the_plain_sampler(
     top_k[::4], top_k[7] = torch.randint(1, 60, (8,)), 5000
     min_p[::7] = 0.05
     seed, number = torch.randint(-(2**62), 2**62, (num_state,)), torch.randint(5, (num_state,))
-    for _ in range(2):
-        positions = torch.randint(5000, (num_rows,))
+    positions = torch.randint(5000, (num_rows,))
 
-        tokens = sampling.sample_rows(logits, rows, temperature, top_p, top_k, min_p, seed, number, positions)
+    tokens = sampling.sample_rows(logits, rows, temperature, top_p, top_k, min_p, seed, number, positions)
 
-        drawn = torch.nonzero(temperature[rows] > 0).squeeze(1)
-        at = rows[drawn]
-        limited = torch.arange(len(drawn))
-        draws = Draws(
-            drawn, limited, temperature[at], top_p[at], top_k[at], seed[at], number[at], positions[drawn], min_p[at]
-        )
-        assert tokens.tolist() == sample(logits, draws).tolist()
+    drawn = torch.nonzero(temperature[rows] > 0).squeeze(1)
+    at = rows[drawn]
+    limited = torch.arange(len(drawn))
+    draws = Draws(
+        drawn, limited, temperature[at], top_p[at], top_k[at], seed[at], number[at], positions[drawn], min_p[at]
+    )
+    assert tokens.tolist() == sample(logits, draws).tolist()
