@@ -97,6 +97,8 @@ def make_worker_app(settings: Settings) -> Celery:
         task_default_queue=settings.shared_queue or "celery",
         # What follows on a call holds its answer: nothing of it is told to whoever watches.
         task_send_sent_event=False,
+        # A Redis that is full, cannot write its disk or has just become a replica refuses what it is told, for a while.
+        broker_channel_error_retry=True,
     )
     app.amqp.argsrepr_maxsize = app.amqp.kwargsrepr_maxsize = 0
     # Of this system's workers alone: in Celery's own keys, unacked messages of other apps' workers in the same Redis

@@ -5,7 +5,9 @@ the log has names and types alone.
 """
 
 import logging
+import time
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 from celery.exceptions import NotRegistered
@@ -18,12 +20,33 @@ logger = logging.getLogger("millrace.worker")
 
 #: How long an event may wait for others, to be published with them.
 _EVENTS_DELAY_S = 0.1
+#: Before another try with a Redis that answers and refuses, as one does that is full.
+_REFUSED_PAUSE_S = 1.0
 #: Characters of a name from outside that go into the log.
 _MAX_NAME = 100
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
     _is_flush_due = False
+
+    def connect(self) -> Any:
+        connection = super().connect()
+        self._drop_nonsense(connection.transport.cycle)
+        return connection
+
+    def _drop_nonsense(self, cycle: Any) -> None:
+        """What somebody put on a queue and is no message at all would take the loop down where kombu parses it."""
+        read, expected = cycle.on_readable, (Empty, *self.connection_errors, *self.channel_errors)
+
+        def on_readable(fileno: int) -> None:
+            try:
+                read(fileno)
+            except expected:
+                raise
+            except Exception as error:
+                logger.error("what came over a queue is no message (%s): it is dropped", type(error).__name__)
+
+        cycle.on_readable = on_readable
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """kombu 5.7 would put unacked messages back through the connection that has just been lost, and end the worker
@@ -33,6 +56,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
             self.task_consumer.channel.qos.restore_at_shutdown = False
             self.app.millrace.interactive.connection_lost()
         super().on_connection_error_after_connected(exc)
+        if isinstance(exc, self.channel_errors):
+            time.sleep(_REFUSED_PAUSE_S)
 
     def on_send_event_buffered(self) -> None:
         """Celery would publish after every event, which costs a worker more than the events' Chunk."""

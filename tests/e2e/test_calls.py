@@ -12,13 +12,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery, chain, chord, group
 from celery.exceptions import NotRegistered, TaskRevokedError, TimeLimitExceeded
 from celery.result import AsyncResult
 from sqlalchemy import func, select
 
 from producer.client import Client
-from protocol.celery_app import interactive_queue
+from protocol.celery_app import bulk_queue, interactive_queue
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings
 from storage.ledger import Ledger
@@ -287,7 +288,7 @@ def test_messages_that_are_not_accepted_are_refused(app: Celery, serializer: str
         get(result)
 
 
-def test_bodies_that_make_no_sense_are_refused(app: Celery) -> None:
+def test_bodies_that_make_no_sense_are_refused(app: Celery, beside: Beside) -> None:
     with app.connection() as connection, connection.Producer() as producer:
         for i, body in enumerate(
             (f'["{MARKER}"', f'"{MARKER}"', "[]", f'[{{"{MARKER}": 1}}, "{MARKER}", {{}}]', "[[], {}]")
@@ -304,6 +305,16 @@ def test_bodies_that_make_no_sense_are_refused(app: Celery) -> None:
         # No task at all, of either protocol.
         producer.publish({"nonsense": MARKER}, routing_key="celery", serializer="json")
         producer.publish(MARKER, routing_key="celery", content_type="text/plain", content_encoding="utf-8")
+    # Nor a message, of kombu or anybody.
+    with redis.Redis.from_url(beside.redis_url) as client:
+        for queue in ("celery", interactive_queue("tiny"), bulk_queue("tiny")):
+            for nonsense in (
+                MARKER,
+                b"\xff\xfe",
+                "[]",
+                f'{{"body": "{MARKER}", "properties": {{"body_encoding": "base64"}}}}',
+            ):
+                client.lpush(queue, nonsense)
     old = Celery("old", broker=app.conf.broker_url, backend=app.conf.result_backend, set_as_current=False)
     with old:
         old.conf.task_protocol = 1
