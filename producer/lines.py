@@ -7,7 +7,9 @@ Two shapes of line are read: OpenAI's batch lines (`custom_id`, `method`, `url`,
 failed Result with its number, and the rest goes on.
 """
 
+import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +28,7 @@ from protocol.requests import Endpoint, Failure, Request, Result
 _MAX_MESSAGE_LENGTH = 400
 
 _BOM = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class LineReader:
@@ -56,7 +59,11 @@ def encode_item(item: str | Mapping[str, Any]) -> bytes:
 
     Raises TypeError for what JSON cannot express.
     """
-    return msgspec.json.encode({"prompt": item} if isinstance(item, str) else _spell_out(item))
+    line = {"prompt": item} if isinstance(item, str) else _spell_out(item)
+    try:
+        return msgspec.json.encode(line)
+    except UnicodeEncodeError:
+        return json.dumps(line).encode()  # the reader refuses it by what is in it
 
 
 def _spell_out(value: Any) -> Any:
@@ -99,12 +106,25 @@ def read_line(raw: RawLine, number: int, model_names: Sequence[str]) -> Request 
         return Result(line=number, custom_id=custom_id, endpoint=endpoint, carried=carried, failure=failure)
 
 
+def _is_half_a_pair(raw: bytes) -> bool:
+    """Whether this would be JSON but for an escaped half of a character, as Python writes what it could not decode."""
+    if not _SURROGATE.search(raw):
+        return False
+    try:
+        json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _decode_object(raw: bytes) -> dict[str, Any]:
     try:
         fields = msgspec.json.decode(raw)
     except UnicodeDecodeError as error:
         raise InvalidRequest("invalid_utf8", "the line is not valid UTF-8: save the file as UTF-8") from error
     except msgspec.DecodeError as error:
+        if _is_half_a_pair(raw):
+            raise InvalidRequest("invalid_utf8", "the line has half of a surrogate pair: leave it out") from error
         raise InvalidRequest("invalid_json", f"the line cannot be read as JSON: {error}") from error
     except RecursionError as error:
         raise InvalidRequest("invalid_json", "the line's JSON is nested too deeply") from error

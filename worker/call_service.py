@@ -91,6 +91,8 @@ class CallService:
             self._inference.run(call, [request])
         except InvalidRequest as error:
             self._end(call, error_of(Failure(error.code, error.message)))
+        except UnicodeEncodeError:
+            self._end(call, error_of(Failure("invalid_utf8", "a text has half of a surrogate pair: leave it out")))
         except Exception as error:
             # Its message may quote what the caller wrote: the type and the place must do.
             logger.error("task %s could not be prepared: %s", ticket.task_id, _place_of(error))

@@ -22,7 +22,8 @@ _NAMES = PARAMETERS | {
 class QuietRequest(Request):  # type: ignore[misc]  # celery has no types
     def __init__(self, message: Any, **options: Any) -> None:
         super().__init__(message, **options)
-        if not isinstance(self._args, list | tuple) or not isinstance(self._kwargs, dict):
+        parts = ((self._args, list | tuple), (self._kwargs, dict), (self._payload[2], dict | None))
+        if not all(isinstance(part, kind) for part, kind in parts):
             # The tracer would find out too late to tell the caller.
             raise InvalidTaskError("a task has a list of arguments and a mapping of keyword arguments")
         self._argsrepr, self._kwargsrepr = shown_args(self._args), shown_kwargs(self._kwargs)

@@ -291,7 +291,14 @@ def test_messages_that_are_not_accepted_are_refused(app: Celery, serializer: str
 def test_bodies_that_make_no_sense_are_refused(app: Celery, beside: Beside) -> None:
     with app.connection() as connection, connection.Producer() as producer:
         for i, body in enumerate(
-            (f'["{MARKER}"', f'"{MARKER}"', "[]", f'[{{"{MARKER}": 1}}, "{MARKER}", {{}}]', "[[], {}]")
+            (
+                f'["{MARKER}"',
+                f'"{MARKER}"',
+                "[]",
+                f'[{{"{MARKER}": 1}}, "{MARKER}", {{}}]',
+                "[[], {}]",
+                f'[["{MARKER}"], {{}}, "{MARKER}"]',
+            )
         ):
             producer.publish(
                 body,

@@ -114,6 +114,16 @@ def test_a_fault_of_ours_is_told_by_its_type_alone() -> None:
     assert "the queue" not in str(ticket.outcome)
 
 
+def test_half_a_character_is_the_callers_mistake() -> None:
+    def encode(_: OpenCall, request: Request) -> None:
+        (request.prompt or "").encode()
+
+    ticket = FakeTicket("a", args=("a\ud800",))
+    served(FakeInference(encode), ticket)
+    assert isinstance(ticket.outcome, ValueError)
+    assert str(ticket.outcome) == "invalid_utf8: a text has half of a surrogate pair: leave it out"
+
+
 def test_calls_are_more_urgent_than_any_job_and_among_themselves_as_redis_serves_them() -> None:
     calls = [
         OpenCall(FakeTicket("a", priority), "default", keep=lambda *_: None, on_end=lambda *_: None)
