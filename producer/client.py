@@ -45,7 +45,6 @@ from storage.jobs import (
     cancel_job,
     find_job,
     intake_position,
-    job_status,
     list_jobs,
     open_job,
     reopen_errors,
@@ -280,7 +279,7 @@ class Client:
 
     def status(self, job: Job | str) -> JobStatus:
         """How far the Job is. Raises JobNotFound."""
-        return job_status(self._ledger, self._id(job))
+        return self._watch.look(self._id(job))
 
     def wait(
         self,

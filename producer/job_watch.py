@@ -10,11 +10,14 @@ from protocol.requests import Result
 from storage.jobs import JobStatus, close_job_if_done, job_status, settled_position
 from storage.landings import job_progress
 from storage.ledger import Ledger
+from storage.overdue import end_overdue
 
 ENDED = ("finished", "cancelled")
 
 #: Seconds between two calls of a progress callback at most.
 _PROGRESS_S = 1.0
+#: In whose name overdue Chunks end here.
+_OWNER = "a client"
 
 
 class JobWatch:
@@ -36,7 +39,7 @@ class JobWatch:
         with self._wakeups.listen(job_id, wakeup) as wakeup:
             pauses = Pauses(wakeup, timeout_s=timeout_s, most_s=_PROGRESS_S)
             while True:
-                status = pauses.timed(lambda: self._look(job_id))
+                status = pauses.timed(lambda: self.look(job_id))
                 if on_progress is not None:
                     on_progress(status)
                 if status.job.state in ENDED:
@@ -81,7 +84,9 @@ class JobWatch:
                 return
             landed = pauses.pause(f"no Result of the Job {job_id} came")
 
-    def _look(self, job_id: str) -> JobStatus:
+    def look(self, job_id: str) -> JobStatus:
+        """How far the Job is; what is overdue in it and nobody works on ends here. Raises JobNotFound."""
+        end_overdue(self._ledger, _OWNER, job_id=job_id)
         status = job_status(self._ledger, job_id)
         if status.job.state != "running" or status.num_chunks_finished < status.num_chunks:
             return status
@@ -90,6 +95,7 @@ class JobWatch:
         return job_status(self._ledger, job_id)
 
     def _has_ended(self, job_id: str) -> bool:
+        end_overdue(self._ledger, _OWNER, job_id=job_id)
         progress = job_progress(self._ledger, job_id)
         if progress is None:
             raise JobNotFound(f"there is no Job {job_id!r}")

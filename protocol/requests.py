@@ -49,12 +49,22 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     encoding_format: EncodingFormat = "float"  # of an embedding
     carried: str | None = None  # the caller's user, metadata and store as a JSON object, for the Result to show
 
+    def timeout_s(self, job_params: SamplingParams) -> float | None:
+        """Seconds from the Job's submission until it is late; None: never."""
+        return self.params.timeout if self.params.timeout is not None else job_params.timeout
+
 
 class Failure(msgspec.Struct, frozen=True):
     """Why a Request has no answer: a stable code and a sentence for people."""
 
     code: str
     message: str
+
+
+def deadline_exceeded(timeout_s: float) -> Failure:
+    return Failure(
+        "deadline_exceeded", f"there was no answer within timeout={timeout_s:g} seconds from submission: submit it anew"
+    )
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +99,12 @@ _NOT_IN_KEY = ("n", "encoding_format", "too_long", "truncated_tokens")
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_requests = msgspec.msgpack.Decoder(list[Request]).decode
+
+
+def first_timeout(requests: Sequence[Request], job_params: SamplingParams) -> float | None:
+    """Seconds from the Job's submission until the first of them is late; None: none ever is."""
+    timeouts = (request.timeout_s(job_params) for request in requests)
+    return min((timeout_s for timeout_s in timeouts if timeout_s is not None), default=None)
 
 
 def pack_requests(requests: Sequence[Request]) -> bytes:

@@ -25,7 +25,7 @@ from sqlalchemy import (
 
 from protocol.errors import JobNotFound, SubmissionConflict
 from protocol.priority import ASKED_PRIORITY, DEFAULT_PRIORITY, PRIORITIES, Priority, rank
-from protocol.requests import Request, Result, pack_requests
+from protocol.requests import Request, Result, first_timeout, pack_requests
 from protocol.sampling import SamplingParams
 from storage import digest
 from storage.clock import now
@@ -225,7 +225,11 @@ def append_chunk(
         if landed is not None:
             return landed if requests else None
         _check_open(job, first_line, _position(connection, job_id))
-        chunk_id = _insert_chunk(connection, {**chunk, "tenant": job.tenant, "model": job.model}, blob)
+        timeout_s = first_timeout(requests, _decode_params(job.params))
+        due_at = None if timeout_s is None else job.created_at + timeout_s
+        chunk_id = _insert_chunk(
+            connection, {**chunk, "tenant": job.tenant, "model": job.model, "due_at": due_at}, blob
+        )
         insert_results(connection, rows)
         return chunk_id if requests else None
 
@@ -243,8 +247,11 @@ def open_asked_job(
     shown = msgspec.json.encode(params).decode()
     row = (job_id, tenant, f"asked {job_id}", model, shown, rank(ASKED_PRIORITY), "running", True)
     blob, num_lines = pack_requests(requests), len(requests)
-    chunk = {"job_id": job_id, "tenant": tenant, "model": model, "first_line": 1, "last_line": num_lines}
-    chunk |= {"num_requests": num_lines, "state": "waiting", "attempt": 0, **count([]), "digest": digest.EMPTY}
+    chunk: dict[str, Any] = {"job_id": job_id, "tenant": tenant, "model": model}
+    chunk |= {"first_line": 1, "last_line": num_lines, "num_requests": num_lines}
+    chunk |= {"state": "waiting", "attempt": 0, **count([]), "digest": digest.EMPTY}
+    timeout_s = first_timeout(requests, params)
+    chunk["due_at"] = None if timeout_s is None else now() + timeout_s
     sealed = update(jobs).where(jobs.c.id == job_id).values(num_lines=num_lines)
 
     def work(connection: Connection) -> int:

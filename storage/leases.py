@@ -21,7 +21,6 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.sql.dml import ReturningUpdate
 
 from protocol.priority import PRIORITIES
 from protocol.requests import Request, unpack_requests
@@ -29,7 +28,7 @@ from protocol.sampling import SamplingParams
 from storage.clock import now, now_once
 from storage.intake_order import next_chunks
 from storage.ledger import Ledger
-from storage.tables import chunk_requests, chunks, is_leased, is_waiting, jobs, results
+from storage.tables import chunk_requests, chunks, is_leased, jobs, results
 
 #: Chunk ids per statement, well below the 32766 parameters SQLite takes.
 _MAX_IDS = 500
@@ -97,13 +96,6 @@ class Held(msgspec.Struct, frozen=True):
     digest: bytes
 
 
-def claim(ledger: Ledger, chunk_id: int, owner: str, lease_s: float) -> Lease | None:
-    """Lease one Chunk; None when it is unknown, finished, cancelled, or leased for some time yet, also to `owner`."""
-    is_free = is_waiting | (is_leased & (chunks.c.leased_until <= now_once()))
-    claim = _CLAIM.where(is_free)
-    return ledger.write(lambda connection: _lease(connection, claim, chunk_id, owner, lease_s), is_flushed=False)
-
-
 def claim_next(
     ledger: Ledger,
     models: Collection[str],
@@ -127,9 +119,7 @@ def claim_next(
     def work(connection: Connection) -> Lease | None:
         expired = connection.execute(_EXPIRED, {"models": list(models), "owner": owner, "held": list(held)}).scalars()
         for chunk_id in chain(expired, next_chunks(connection, models, ranks, min_age_s)):
-            lease = _lease(connection, _CLAIM, chunk_id, owner, lease_s)
-            if lease is not None:
-                return lease
+            return lease_chunk(connection, chunk_id, owner, lease_s)
         return None
 
     return ledger.write(work, is_flushed=False)
@@ -210,12 +200,9 @@ def _releasing() -> Update:
     return update(chunks).values(state="waiting", owner=None, leased_until=None)
 
 
-def _lease(
-    connection: Connection, claim: ReturningUpdate[Any], chunk_id: int, owner: str, lease_s: float
-) -> Lease | None:
-    row = connection.execute(claim, {"chunk": chunk_id, "new_owner": owner, "lease_s": lease_s}).one_or_none()
-    if row is None:
-        return None
+def lease_chunk(connection: Connection, chunk_id: int, owner: str, lease_s: float) -> Lease:
+    """Lease this Chunk, which must be free, and its row locked."""
+    row = connection.execute(_CLAIM, {"chunk": chunk_id, "new_owner": owner, "lease_s": lease_s}).one()
     job = connection.execute(_JOB, {"job": row.job_id}).one()
     job_params = _decode_params(job.params)
     requests = unpack_requests(connection.execute(_REQUESTS, {"chunk": row.id}).scalar_one())

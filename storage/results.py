@@ -59,7 +59,7 @@ def commit(ledger: Ledger, commits: Sequence[ChunkCommit], answers: Mapping[byte
     """
     if not commits and not answers:
         return set()
-    return ledger.write(lambda connection: _commit(connection, commits, answers))
+    return ledger.write(lambda connection: commit_within(connection, commits, answers))
 
 
 def read_results(
@@ -180,7 +180,10 @@ _COUNT = (
 _FINISH = update(chunks).where(chunks.c.id == bindparam("chunk")).values(state="finished")
 
 
-def _commit(connection: Connection, commits: Sequence[ChunkCommit], answers: Mapping[bytes, Answer]) -> set[int]:
+def commit_within(
+    connection: Connection, commits: Sequence[ChunkCommit], answers: Mapping[bytes, Answer] = _NONE
+) -> set[int]:
+    """`commit` as a part of a transaction."""
     held = lock_chunks(connection, (each.lease.chunk_id for each in commits))
     digests = {chunk_id: at.digest for chunk_id, at in held.items()}
     writable, lost = _fence(held, commits)

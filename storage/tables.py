@@ -147,6 +147,7 @@ chunks = Table(
     Column("owner", FreeText),  # of the lease; kept when the Chunk is finished
     Column("leased_until", Double),  # the owner may go on after this, but anybody may take the Chunk
     Column("attempt", Integer, nullable=False),  # how often it was claimed; fences late writers
+    Column("due_at", Double),  # when the first of its Requests is late, see storage.overdue; NULL: none will be
     Column("created_at", Double, nullable=False),
     # Counted in the transaction that writes the Results, so that a Job's progress never needs a scan of them.
     Column("num_ok", Integer, nullable=False),  # Results with an answer, one per sample
@@ -170,6 +171,8 @@ is_unfinished = chunks.c.state.in_([literal_column("'waiting'"), literal_column(
 Index("ix_chunks_waiting", chunks.c.job_id, chunks.c.first_line, sqlite_where=is_waiting, postgresql_where=is_waiting)
 Index("ix_chunks_leased", chunks.c.model, chunks.c.leased_until, sqlite_where=is_leased, postgresql_where=is_leased)
 Index("ix_chunks_unfinished", chunks.c.job_id, chunks.c.id, sqlite_where=is_unfinished, postgresql_where=is_unfinished)
+is_bounded = is_unfinished & chunks.c.due_at.is_not(None)
+Index("ix_chunks_due", chunks.c.due_at, sqlite_where=is_bounded, postgresql_where=is_bounded)
 
 # Apart from `chunks`, because SQLite rewrites a whole row, blob and all, for every renewed lease and every counter.
 chunk_requests = Table(

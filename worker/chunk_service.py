@@ -26,6 +26,7 @@ from storage.flights import Flights
 from storage.landing_channel import LandingChannel
 from storage.leases import Lease, claim_next, release, renew, still_leased
 from storage.ledger import Ledger
+from storage.overdue import end_overdue
 from worker.committer import Committer
 from worker.inference import ENGINE_MODULE, Inference
 from worker.open_chunk import OpenChunk, Ticket
@@ -33,8 +34,8 @@ from worker.preparation import failed
 
 logger = logging.getLogger("millrace.worker")
 
-#: How often an idle worker looks for Chunks in SQL, and how old an unclaimed Chunk must be before it is taken from
-#: there: its message may still be on the way.
+#: How often an idle worker looks for Chunks in SQL, and any worker for overdue ones; and how old an unclaimed Chunk
+#: must be before it is taken from there: its message may still be on the way.
 _IDLE_CLAIM_INTERVAL_S = 1.0
 _IDLE_CLAIM_AGE_S = 2.0
 _RETRY_S = 1.0
@@ -174,13 +175,15 @@ class ChunkService:
             self._on_fatal(f"the worker's thread {threading.current_thread().name} broke; see the traceback above")
 
     def _take_in(self) -> None:
-        next_look, pauses = 0.0, backoff(_RETRY_S, _MAX_RETRY_S)
+        next_look, next_sweep, pauses = 0.0, 0.0, backoff(_RETRY_S, _MAX_RETRY_S)
         while not self._is_draining.is_set():
             ranks = [rank for rank in range(len(PRIORITIES)) if self.has_credit(rank)]
             ticket = self._next_ticket(ranks, next_look)
             if self._is_draining.is_set():
                 return
             try:
+                if time.monotonic() >= next_sweep and not end_overdue(self._ledger, self.owner):
+                    next_sweep = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
                 if ticket is not None:
                     self._claim(ticket)
                 elif ranks and time.monotonic() >= next_look and not self._claim_unasked(ranks):

@@ -9,7 +9,7 @@ import msgspec
 
 from protocol.errors import DatabaseUnavailable, InvalidRequest
 from protocol.frames import EngineReady
-from protocol.requests import Answer, Failure, Kind, Request, Result, answer_key
+from protocol.requests import Answer, Failure, Kind, Request, Result, answer_key, deadline_exceeded
 from protocol.sampling import TRUNCATE_LEFT, ResolvedParams, SamplingParams
 from storage.answers import AnswerCache, find_answers
 from storage.flights import Flights
@@ -113,7 +113,7 @@ class Preparation:
                 if (request.line, 0) not in done:
                     failures.append((request, Failure(error.code, error.message)))
                 continue
-            timeout_s = request.params.timeout if request.params.timeout is not None else job_params.timeout
+            timeout_s = request.timeout_s(job_params)
             deadline = None if timeout_s is None else owner.submitted + timeout_s
             for sample, each in enumerate(samples_of(request, params.n)):
                 if (request.line, sample) not in done:
@@ -310,10 +310,7 @@ def answered(piece: Piece, answer: Answer, *, is_cached: bool) -> Result:
 def too_late(piece: Piece) -> Result:
     """Of a piece whose deadline has passed."""
     timeout_s = (piece.deadline or 0.0) - piece.owner.submitted
-    failure = Failure(
-        "deadline_exceeded", f"there was no answer within timeout={timeout_s:g} seconds from submission: submit it anew"
-    )
-    return failed(piece.request, failure, piece.params, piece.sample, piece.owner)
+    return failed(piece.request, deadline_exceeded(timeout_s), piece.params, piece.sample, piece.owner)
 
 
 def failed(request: Request, failure: Failure, params: ResolvedParams | None, sample: int, owner: Owner) -> Result:

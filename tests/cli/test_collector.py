@@ -14,9 +14,9 @@ from protocol.errors import ConfigurationError
 from protocol.requests import Answer, Result
 from protocol.settings import Settings
 from storage.jobs import Job, close_job_if_done, unclaimed_chunks
-from storage.leases import claim
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
+from tests.storage.samples import new_lease
 
 FINISHED = Showing("openai", "finished")
 
@@ -29,8 +29,7 @@ def client(ledger: Ledger, database_url: str, redis_url: str) -> Iterator[Client
 
 
 def answer_chunk(ledger: Ledger, chunk_id: int) -> None:
-    lease = claim(ledger, chunk_id, "worker", 60)
-    assert lease is not None
+    lease = new_lease(ledger, chunk_id)
     answer = Answer(text="yes", finish_reason="stop", prompt_tokens=1, completion_tokens=1)
     results = [Result(line=request.line, answer=answer) for request in lease.requests]
     commit(ledger, [ChunkCommit(lease, results, is_finished=True)])

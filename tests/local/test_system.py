@@ -15,9 +15,9 @@ from protocol.requests import Request
 from protocol.sampling import SamplingParams
 from protocol.settings import EngineSettings, Settings, load_settings
 from storage.jobs import append_chunk, job_status, open_job
-from storage.leases import claim
 from storage.ledger import Ledger
 from tests.processes import Watched, descendants
+from tests.storage.samples import new_lease
 from worker.local import redis_server
 from worker.local.state import StateFolder
 from worker.local.system import LocalSystem, settings_environ
@@ -109,7 +109,7 @@ def test_killed_worker_is_started_again_and_its_leases_are_free(
             ledger, job.id, first_line=1, last_line=1, requests=[Request(line=1, prompt="a")], failures=[]
         )
         assert chunk_id is not None
-        assert claim(ledger, chunk_id, "the worker", 1000) is not None
+        new_lease(ledger, chunk_id, "the worker", 1000)
         assert job_status(ledger, job.id).num_requests_waiting == 0
 
         kill_worker(system)
@@ -128,7 +128,7 @@ def test_leases_of_an_earlier_run_are_free_at_once(make: Make, folder: StateFold
         ledger, job.id, first_line=1, last_line=1, requests=[Request(line=1, prompt="a")], failures=[]
     )
     assert chunk_id is not None
-    claim(ledger, chunk_id, "who was killed", 1000)
+    new_lease(ledger, chunk_id, "who was killed", 1000)
 
     with make(STAYS):
         assert job_status(ledger, job.id).num_requests_waiting == 1

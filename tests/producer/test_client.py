@@ -16,10 +16,11 @@ from protocol.requests import Answer, Failure, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import EngineSettings, Settings
 from storage.jobs import Job, cancel_job, close_job_if_done
-from storage.leases import claim, claim_next
+from storage.leases import claim_next
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
 from tests.producer.conftest import MODEL, NOBODY_LISTENS, answer_oldest, lines_of
+from tests.storage.samples import new_lease
 
 
 @pytest.fixture
@@ -50,8 +51,8 @@ def test_submit_cuts_the_lines_into_chunks_and_announces_each(
     assert (job.state, job.num_lines, job.model) == ("running", 10, MODEL)
     bodies = [message["body"] for message in messages(redis_url)]
     assert len(bodies) == 3
-    chunks = [claim(ledger, chunk_id, "worker", 60) for chunk_id in chunk_ids(redis_url)]
-    assert [[request.prompt for request in chunk.requests] for chunk in chunks if chunk] == [
+    chunks = [new_lease(ledger, chunk_id, "worker", 60) for chunk_id in chunk_ids(redis_url)]
+    assert [[request.prompt for request in chunk.requests] for chunk in chunks] == [
         ["p0", "p1", "p2", "p3"],
         ["p4", "p5", "p6", "p7"],
         ["p8", "p9"],
@@ -90,8 +91,8 @@ def test_chunk_is_bounded_by_the_bytes_of_its_text(settings: Settings, ledger: L
     with Client(msgspec.structs.replace(settings, chunk_bytes=10)) as client:
         client.submit(["aaaa", "bbbb", "ccccccccccccccc", "ää", "eeee", "ffff"])
 
-    chunks = [claim(ledger, chunk_id, "worker", 60) for chunk_id in chunk_ids(redis_url)]
-    texts = [[request.prompt for request in chunk.requests] for chunk in chunks if chunk]
+    chunks = [new_lease(ledger, chunk_id, "worker", 60) for chunk_id in chunk_ids(redis_url)]
+    texts = [[request.prompt for request in chunk.requests] for chunk in chunks]
     assert texts == [["aaaa", "bbbb"], ["ccccccccccccccc"], ["ää", "eeee"], ["ffff"]]
 
 
@@ -358,9 +359,19 @@ def test_announce_tells_a_new_broker_what_waits(
 
     client.announce(job)
 
-    assert [
-        claimed.requests[0].line for claimed in (claim(ledger, i, "w", 60) for i in chunk_ids(redis_url)) if claimed
-    ] == [5, 9]
+    assert [new_lease(ledger, chunk_id).requests[0].line for chunk_id in chunk_ids(redis_url)] == [5, 9]
+
+
+def test_what_is_late_ends_where_somebody_looks_though_no_worker_lives(client: Client) -> None:
+    late = SamplingParams(timeout=0.001)
+    waited, asked = client.submit(["a", "b"], params=late), client.submit(["c"], params=late, name="asked")
+
+    assert [result.failure.code for result in client.results(waited, timeout_s=30) if result.failure is not None] == [
+        "deadline_exceeded"
+    ] * 2
+    while client.status(asked).job.state != "finished":
+        pass
+    assert client.wait(asked).num_error == 1
 
 
 @pytest.mark.parametrize("url", ["carrier-pigeon://127.0.0.1", "redis://127.0.0.1:99999/0"])
@@ -375,8 +386,7 @@ def test_errors_that_may_go_away_are_computed_again(
     path = prompts(plain("a"), "nonsense", plain("b"))
     job = client.submit(path)
     (first,) = chunk_ids(redis_url)
-    lease = claim(ledger, first, "worker", 60)
-    assert lease is not None
+    lease = new_lease(ledger, first)
     failures = [
         Result(line=1, failure=Failure("engine_died", "it died")),
         Result(line=3, failure=Failure("empty_continuation", "nothing there")),
@@ -391,8 +401,7 @@ def test_errors_that_may_go_away_are_computed_again(
     assert (again.id, again.state) == (job.id, "running")
     assert chunk_ids(redis_url) == [first, first]
     assert lines_of(client.results(job, wait=False)) == [2, 3]
-    lease = claim(ledger, first, "worker", 60)
-    assert lease is not None
+    lease = new_lease(ledger, first)
     answer = Answer(text="a!", finish_reason="stop", prompt_tokens=1, completion_tokens=2)
     commit(ledger, [ChunkCommit(lease, [Result(line=1, answer=answer)], is_finished=True)])
     status = client.wait(job)

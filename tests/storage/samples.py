@@ -12,7 +12,7 @@ from protocol.sampling import SamplingParams, resolve
 from storage.clock import now
 from storage.digest import EMPTY
 from storage.jobs import Job, append_chunk, open_job
-from storage.leases import Lease, claim
+from storage.leases import Lease, lease_chunk
 from storage.ledger import Ledger
 from storage.results import COUNTERS
 from storage.tables import chunks, jobs
@@ -44,9 +44,8 @@ def new_chunk(ledger: Ledger, job: Job, lines: Iterable[int] = (1, 2, 3)) -> int
 
 
 def new_lease(ledger: Ledger, chunk_id: int, owner: str = "worker-1", lease_s: float = 60) -> Lease:
-    lease = claim(ledger, chunk_id, owner, lease_s)
-    assert lease is not None
-    return lease
+    """Of this Chunk, whoever's turn it is; it must be free."""
+    return ledger.write(lambda connection: lease_chunk(connection, chunk_id, owner, lease_s))
 
 
 def answered(line: int, sample: int = 0, *, text: str = "an answer", is_cached: bool = False) -> Result:

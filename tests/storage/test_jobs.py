@@ -23,7 +23,7 @@ from storage.jobs import (
     seal_job,
     unclaimed_chunks,
 )
-from storage.leases import Lease, claim, claim_next
+from storage.leases import Lease, claim_next
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit, read_results
 from storage.tables import chunks, jobs, results
@@ -302,13 +302,12 @@ def test_status_of_a_job_without_chunks_is_all_zero(ledger: Ledger) -> None:
 
 def test_a_cancelled_job_gives_nothing_to_claim_and_loses_its_leases(ledger: Ledger) -> None:
     job = new_job(ledger)
-    stored, waiting = new_chunk(ledger, job), new_chunk(ledger, job, [4])
+    stored, _ = new_chunk(ledger, job), new_chunk(ledger, job, [4])
     lease = new_lease(ledger, stored)
     commit(ledger, [ChunkCommit(lease, [answered(1)], is_finished=False)])
 
     assert cancel_job(ledger, job.id)
 
-    assert claim(ledger, waiting, "worker-2", 60) is None
     assert claim_next(ledger, [MODEL], "worker-2", 60, min_age_s=0) is None
     assert commit(ledger, [ChunkCommit(lease, [answered(2)], is_finished=False)]) == {stored}
     assert [result.line for result in read_results(ledger, job.id)] == [1]

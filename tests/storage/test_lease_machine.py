@@ -21,10 +21,10 @@ from protocol.requests import Request, Result
 from storage.dead_letters import DEAD_CODES, list_dead_letters
 from storage.digest import EMPTY, added
 from storage.jobs import append_chunk, cancel_job, reopen_errors
-from storage.leases import Lease, claim, claim_next, release, renew, still_leased
+from storage.leases import Lease, claim_next, release, renew, still_leased
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit, count, read_results
-from tests.storage.samples import answered, chunk_row, died, expire, failed, new_job
+from tests.storage.samples import answered, chunk_row, died, expire, failed, new_job, new_lease
 
 _NUM_SAMPLES = 2
 _OWNERS = st.sampled_from(["worker-1", "worker-2"])
@@ -82,10 +82,8 @@ class _LeaseMachine(RuleBasedStateMachine):
     @rule(target=leases, number=_CHUNKS, owner=_OWNERS)
     def claim(self, number: int, owner: str) -> object:
         chunk = self.chunks[number]
-        lease = claim(self.ledger, chunk.id, owner, 600)
         is_free = chunk.state == "waiting" or (chunk.state == "leased" and chunk.is_expired)
-        assert (lease is not None) == is_free
-        return multiple() if lease is None else self._claimed(chunk, lease, owner)
+        return self._claimed(chunk, new_lease(self.ledger, chunk.id, owner, 600), owner) if is_free else multiple()
 
     @rule(target=leases, owner=_OWNERS)
     def claim_next(self, owner: str) -> object:

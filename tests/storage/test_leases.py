@@ -13,7 +13,7 @@ from protocol.requests import Request
 from protocol.sampling import SamplingParams, resolve
 from storage.clock import now
 from storage.jobs import append_chunk
-from storage.leases import claim, claim_next, release, release_all, release_owner, renew
+from storage.leases import claim_next, release, release_all, release_owner, renew
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
 from storage.tables import chunks
@@ -36,7 +36,7 @@ def test_claim_leases_a_waiting_chunk_with_its_requests(ledger: Ledger) -> None:
     job = new_job(ledger, n=2)
     chunk_id = new_chunk(ledger, job, [1, 2])
 
-    lease = claim(ledger, chunk_id, "worker-1", 60)
+    lease = claim_next(ledger, [MODEL], "worker-1", 60)
 
     assert lease is not None
     assert (lease.chunk_id, lease.job_id, lease.attempt, lease.owner) == (chunk_id, job.id, 1, "worker-1")
@@ -48,18 +48,17 @@ def test_claim_leases_a_waiting_chunk_with_its_requests(ledger: Ledger) -> None:
     assert (row.state, row.owner) == ("leased", "worker-1")
 
 
-def test_claim_gives_nothing_of_a_chunk_that_is_leased_finished_or_unknown(ledger: Ledger) -> None:
+def test_claim_gives_nothing_of_a_chunk_that_is_leased_or_finished(ledger: Ledger) -> None:
     job = new_job(ledger)
     chunk_id = new_chunk(ledger, job, [1])
     lease = new_lease(ledger, chunk_id)
 
-    assert claim(ledger, chunk_id, "worker-2", 60) is None
+    assert claim_next(ledger, [MODEL], "worker-2", 60) is None
     # A message that is delivered twice must not start the Chunk twice.
-    assert claim(ledger, chunk_id, "worker-1", 60) is None
-    assert claim(ledger, chunk_id + 1, "worker-1", 60) is None
+    assert claim_next(ledger, [MODEL], "worker-1", 60) is None
 
     commit(ledger, [ChunkCommit(lease, [answered(1)], is_finished=True)])
-    assert claim(ledger, chunk_id, "worker-1", 60) is None
+    assert claim_next(ledger, [MODEL], "worker-1", 60) is None
 
 
 def test_an_expired_lease_can_be_claimed_with_what_is_left_to_do(ledger: Ledger) -> None:
@@ -72,7 +71,7 @@ def test_an_expired_lease_can_be_claimed_with_what_is_left_to_do(ledger: Ledger)
     commit(ledger, [ChunkCommit(new_lease(ledger, chunk_id), stored, is_finished=False)])
     expire(ledger, chunk_id)
 
-    lease = claim(ledger, chunk_id, "worker-2", 60)
+    lease = claim_next(ledger, [MODEL], "worker-2", 60)
 
     assert lease is not None
     assert (lease.attempt, lease.owner) == (2, "worker-2")
@@ -215,7 +214,7 @@ def test_renewing_extends_the_lease_also_when_its_time_has_passed(ledger: Ledger
     assert renew(ledger, "worker-1", {chunk_id: 1}, 600) == {chunk_id}
 
     assert chunk_row(ledger, chunk_id).leased_until == pytest.approx(lease.claimed_at + 600, abs=30)
-    assert claim(ledger, chunk_id, "worker-2", 60) is None
+    assert claim_next(ledger, [MODEL], "worker-2", 60) is None
     assert renew(ledger, "worker-1", {}, 600) == set()
 
 
@@ -262,11 +261,7 @@ def test_threads_that_claim_at_the_same_time_get_each_chunk_once(ledger: Ledger)
         # On PostgreSQL a claim may pass over a Chunk that a neighbour is just taking, and so see none too early.
         misses = 0
         while misses < 3:
-            if number % 2:
-                lease = claim_next(ledger, [MODEL], f"worker-{number}", 60, min_age_s=0)
-            else:
-                lease = claim(ledger, made[(len(taken) + number) % len(made)], f"worker-{number}", 60)
-                lease = lease or claim_next(ledger, [MODEL], f"worker-{number}", 60, min_age_s=0)
+            lease = claim_next(ledger, [MODEL], f"worker-{number}", 60, min_age_s=0)
             misses = misses + 1 if lease is None else 0
             if lease is not None:
                 taken.append(lease.chunk_id)

@@ -13,12 +13,13 @@ from protocol.requests import Answer, Failure, Request, Result
 from protocol.sampling import SamplingParams, resolve
 from storage.answers import find_answers
 from storage.jobs import append_chunk, job_status, unclaimed_chunks
-from storage.leases import Lease, claim
+from storage.leases import Lease, claim_next
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit, read_results
 from storage.tables import answers, results
 from tests.storage.lossy_proxy import LossyProxy
 from tests.storage.samples import (
+    MODEL,
     answered,
     chunk_row,
     expire,
@@ -226,7 +227,7 @@ def test_a_lease_whose_time_has_passed_is_the_owners_until_somebody_takes_it(led
     expire(ledger, chunk_id)
 
     assert commit(ledger, [ChunkCommit(lease, [answered(1)], is_finished=True)]) == set()
-    assert claim(ledger, chunk_id, "worker-2", 60) is None
+    assert claim_next(ledger, [MODEL], "worker-2", 60) is None
     assert len(read_results(ledger, job.id)) == 1
 
 

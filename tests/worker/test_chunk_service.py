@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from producer.client import Client
 from protocol.errors import DeadLetterNotFound
 from protocol.faults import FAULT_VARIABLE
 from protocol.requests import Request
-from storage.jobs import cancel_job
+from storage.jobs import cancel_job, job_status
 from storage.ledger import Ledger
 from tests.processes import Watched, command_line, descendants
 from tests.tiny_model import build_tiny_model
@@ -109,6 +110,15 @@ def test_what_is_late_becomes_an_error_and_the_rest_goes_on(system: tuple[ChunkS
     hand_over(service, ledger, too_late)
     assert client.wait(too_late).num_error == 1
     assert service.info()["computed_tokens"] == before
+
+
+def test_what_is_late_of_a_model_that_nobody_serves_ends_too(system: tuple[ChunkService, Client, Ledger]) -> None:
+    service, _, ledger = system
+    # The client does not look, so the worker has done it.
+    with Client(msgspec.structs.replace(service.settings, model_name="another")) as client:
+        job = submit(client, "unserved", [{"prompt": "a"}, {"prompt": "b"}], timeout=0.001)
+    wait_until(lambda: job_status(ledger, job.id).job.state == "finished")
+    assert job_status(ledger, job.id).num_error == 2
 
 
 def test_a_hung_engine_is_killed_and_what_it_owed_is_computed_by_the_next(

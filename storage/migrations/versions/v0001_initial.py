@@ -105,6 +105,7 @@ def _create_chunks() -> None:
         sa.Column("owner", sa.Text),
         sa.Column("leased_until", sa.Double),
         sa.Column("attempt", sa.Integer, nullable=False),
+        sa.Column("due_at", sa.Double),
         sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("num_ok", sa.Integer, nullable=False),
         sa.Column("num_error", sa.Integer, nullable=False),
@@ -122,6 +123,7 @@ def _create_chunks() -> None:
     _create_partial_index("ix_chunks_waiting", ["job_id", "first_line"], "state = 'waiting'")
     _create_partial_index("ix_chunks_leased", ["model", "leased_until"], "state = 'leased'")
     _create_partial_index("ix_chunks_unfinished", ["job_id", "id"], "state IN ('waiting', 'leased')")
+    _create_partial_index("ix_chunks_due", ["due_at"], "state IN ('waiting', 'leased') AND due_at IS NOT NULL")
     op.create_table(
         "chunk_requests",
         sa.Column("chunk_id", _ROW_ID, nullable=False, autoincrement=False),
