@@ -4,8 +4,8 @@
 
 Each round submits the Job anew, once on SQLite and once on PostgreSQL. At random moments, by the seed, one of these
 gets SIGKILL: a worker, an engine process, Redis with all that is in it, the whole of PostgreSQL. What was killed is
-started again after a moment, as a service manager would; nothing else helps. The answers are compared with those of an
-engine that has one Sequence at a time and that nobody disturbs.
+started again after a moment, as a service manager would; nothing else helps. The answers are compared with those of
+engines that have one Sequence at a time and that nobody disturbs, computed once for a workload and kept under out/.
 
 The last line is one JSON object. `lost`, `duplicated` and `wrong` count Results, and must be 0; recovery is the time
 from a kill to the next Result that lands.
@@ -34,10 +34,9 @@ from typing import Any
 from sqlalchemy import text as sql
 
 from benchmarks.queue_servers import free_port, postgres_binaries
+from benchmarks.sequential_answers import sequential_answers
 from producer.client import Client
 from protocol.errors import DatabaseUnavailable
-from protocol.frames import NewSequence
-from protocol.requests import Request
 from protocol.sampling import SamplingParams
 from protocol.settings import EngineSettings, Settings
 from storage.ledger import Ledger
@@ -45,7 +44,7 @@ from worker.local.redis_server import find_redis_server
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "millrace-tiny"
-MAX_TOKENS = 12
+MAX_TOKENS = 8
 #: A dead worker holds its Chunks this long.
 LEASE_S = 3.0
 #: Seconds between two kills, and until what was killed is started again.
@@ -239,36 +238,6 @@ class Round:
         return f"postgresql+psycopg://postgres@/postgres?host={data}&port={port}"
 
 
-def expected_answers(prompts: list[str]) -> list[str]:
-    """Of an engine that has one Sequence at a time."""
-    import numpy as np
-
-    from worker.defaults import read_model_defaults
-    from worker.engine.engine import Engine
-    from worker.text import Tokenizer
-
-    tokenizer = Tokenizer(MODEL)
-    stop_token_ids = read_model_defaults(MODEL, tokenizer.eos_token_id).stop_token_ids
-    engine = Engine.start(EngineSettings(model=str(MODEL), max_num_seqs=1, device="cpu", kv_tokens=4096))
-    known: dict[str, str] = {}
-    for prompt in prompts:
-        if prompt in known:
-            continue
-        (ids,) = tokenizer.encode([Request(line=1, prompt=prompt)])
-        assert isinstance(ids, list)
-        wishes: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "sample": 0}
-        packed = np.asarray(ids, dtype="<i4").tobytes()
-        engine.add(NewSequence(1, packed, max_tokens=MAX_TOKENS, stop_token_ids=stop_token_ids, **wishes))
-        tokens: list[int] = []
-        while engine.has_work:
-            frame = engine.step()
-            assert frame is not None
-            tokens += np.frombuffer(frame.token_ids, "<i4").tolist()
-        shown = tokens[:-1] if tokens[-1] in stop_token_ids else tokens
-        known[prompt] = tokenizer.decode(ids, shown)
-    return [known[prompt] for prompt in prompts]
-
-
 def make_prompts(num: int) -> list[str]:
     """Beginnings of functions, every tenth the same as an earlier one."""
     verbs = ("read", "write", "count", "merge", "split", "find", "load", "sort", "check", "make")
@@ -339,14 +308,14 @@ def main() -> int:
     arguments = parser.parse_args()
     prompts = make_prompts(arguments.requests)
     started = time.monotonic()
-    expected = expected_answers(prompts)
-    say(f"{len(prompts)} answers of an undisturbed engine in {time.monotonic() - started:.0f} s")
+    expected = sequential_answers(MODEL, prompts, MAX_TOKENS)
+    say(f"{len(prompts)} answers of an undisturbed engine after {time.monotonic() - started:.0f} s")
     rng = random.Random(arguments.seed)
     counts: Counter[str] = Counter()
     recoveries: list[float] = []
     for number in range(arguments.rounds):
         for database in arguments.databases:
-            say(f"round {number + 1} on {database}")
+            say(f"round {number + 1} on {database}, after {time.monotonic() - started:.0f} s")
             with _folder() as folder:
                 one = Round(database, folder, prompts, expected, rng)
                 one.run()
@@ -357,6 +326,7 @@ def main() -> int:
     report["recovery_p50_s"] = round(statistics.median(recoveries), 2) if recoveries else None
     report["recovery_max_s"] = round(max(recoveries), 2) if recoveries else None
     kinds = {name: counts[name] for name in ("worker", "engine", "redis", "postgres")}
+    report["seconds"] = round(time.monotonic() - started)
     print(json.dumps(report | {"killed": kinds, "requests": arguments.requests, "seed": arguments.seed}))
     return 1 if counts["lost"] + counts["duplicated"] + counts["wrong"] else 0
 
