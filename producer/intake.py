@@ -10,6 +10,7 @@ from producer.pauses import Pauses
 from producer.source import Source
 from producer.wakeups import Wakeup, Wakeups
 from protocol.errors import ConfigurationError, DatabaseUnavailable, SubmissionConflict
+from protocol.faults import fault_point
 from protocol.requests import Request, Result
 from protocol.settings import Settings
 from storage.jobs import Job, append_chunk, intake_position, seal_job
@@ -64,6 +65,7 @@ class Intake:
                 chunk_id = self._append(job, position + 1, last_line, requests, failures)
                 position = last_line
                 self._room -= len(requests)
+                fault_point("appended")
                 if chunk_id is not None:
                     self._doorbell.ring(chunk_id, job.model, job.priority)
                 if on_progress is not None:
@@ -74,6 +76,7 @@ class Intake:
                 f"the Job {job.identity!r} already has {position} lines, but this input has {reader.num_lines}: it is "
                 "another one, so give it a name of its own"
             )
+        fault_point("all appended")
         seal_job(self._ledger, job.id, reader.num_lines)
 
     def _append(

@@ -1,5 +1,5 @@
-"""Fault points: named places in the life of a Chunk where a test has the process die. Nothing is armed without
-MILLRACE_FAULT, and then each of them costs one comparison.
+"""Fault points: named places in the life of a Chunk, from its making on, where a test has the process die. Nothing is
+armed without MILLRACE_FAULT, and then each of them costs one comparison.
 
 MILLRACE_FAULT is `kill:NAME:COUNT` (or `stop:...`): at the COUNT-th time that a process comes to the point NAME it gets
 SIGKILL (SIGSTOP). With `:FILE` behind it only if that file is there, which it removes first: one death, whoever is
