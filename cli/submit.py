@@ -58,6 +58,8 @@ def command(
     from producer.client import Client
     from producer.source import Source
 
+    if showing.errors is not None and output is None:
+        raise click.UsageError("--errors goes with -o, which says where the other Results are written")
     source = Source(sys.stdin.buffer if input_path == STDIN else Path(input_path), reading)
     if name is None:
         source.check()

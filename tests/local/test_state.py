@@ -42,7 +42,11 @@ def test_second_run_is_refused_with_the_holders_pid_and_the_way_out(tmp_path: Pa
 
 
 def test_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, cwd=REPOSITORY)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
     holder.kill()
     holder.communicate()
 
