@@ -27,6 +27,7 @@ class WholeScheduler:
     def __init__(self, *, max_num_seqs: int, max_batch_tokens: int, max_model_len: int, is_padded: bool) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max_batch_tokens
+        self.max_step_tokens = max_batch_tokens  # of several together: less where memory has proven too small
         self.max_model_len = max_model_len
         self.is_padded = is_padded
         self._num_arrivals = 0
@@ -82,7 +83,7 @@ class WholeScheduler:
                 break
             num_tokens = plan.num_scheduled_tokens + seq.num_prompt_tokens
             wider = max(width, seq.num_prompt_tokens)
-            if (wider * (len(plan.sequences) + 1) if self.is_padded else num_tokens) <= self.max_batch_tokens:
+            if (wider * (len(plan.sequences) + 1) if self.is_padded else num_tokens) <= self.max_step_tokens:
                 plan.sequences.append(seq)
                 plan.num_scheduled_tokens, width = num_tokens, wider
         if self.is_padded:
@@ -97,6 +98,12 @@ class WholeScheduler:
         """The step is done."""
         for seq in plan.sequences:
             self._end(seq)
+
+    def take_back(self, plan: WholePlan) -> None:
+        """The step has failed: its Sequences wait again."""
+        for seq in plan.sequences:
+            seq.state = SequenceState.WAITING
+            self._waiting.add(seq)
 
     def _end(self, seq: Sequence) -> None:
         seq.state = SequenceState.FINISHED

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from batching.whole import WholePlan
 from protocol.errors import ConfigurationError
 from protocol.frames import NewSequence
 from tests.engine.pooled_families import (
@@ -23,6 +24,7 @@ from tests.engine.pooled_families import (
 )
 from tests.engine.reference import random_prompts, settings_for
 from worker.engine.pooling_engine import PoolingEngine
+from worker.engine.pooling_runner import VectorsHandle
 from worker.engine.task import choose_task
 
 #: Without the first ids: what stands for padding has no place in a text.
@@ -217,3 +219,30 @@ def test_models_that_do_neither_are_refused_with_the_reason(tmp_path: Path) -> N
     assert choose_task(tmp_path, settings_for(tmp_path, task="generate")) == "generate"
     with pytest.raises(ConfigurationError, match=r"engine\.task='rank' is unknown"):
         choose_task(tmp_path, settings_for(tmp_path, task="rank"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "bert"])
+def test_a_step_that_is_too_large_is_halved_and_one_text_alone_is_given_up(
+    family: str, pooled_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pooled_folder(family)
+    expected = drive(start(folder), TEXTS)
+    engine, sizes, most = start(folder), [], 75
+    launch = engine.runner.launch
+
+    def launch_or_fail(plan: WholePlan) -> VectorsHandle:
+        size = plan.num_scheduled_tokens + plan.num_padding_tokens
+        if size > most:
+            raise torch.OutOfMemoryError("as if it were")
+        sizes.append(size)
+        return launch(plan)
+
+    monkeypatch.setattr(engine.runner, "launch", launch_or_fail)
+    vectors = drive(engine, TEXTS)
+
+    for number in range(len(TEXTS)):
+        np.testing.assert_allclose(vectors[number], expected[number], atol=1e-5)
+    assert len(sizes) < len(TEXTS)
+    most = 1
+    with pytest.raises(torch.OutOfMemoryError, match="one text"):
+        drive(engine, TEXTS)

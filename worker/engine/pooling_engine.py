@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from batching.sequence import Sequence
+from batching.token_budget import TokenBudget
 from batching.whole import WholePlan, WholeScheduler
 from protocol.errors import ConfigurationError, InvalidRequest
 from protocol.frames import EngineReady, NewSequence, StepFrame
@@ -45,6 +46,8 @@ class PoolingEngine:
         self._max_in_flight = 2 if pooled.device.type == "cuda" else 1
         self._in_flight: deque[tuple[WholePlan, VectorsHandle]] = deque()
         self._refused: list[tuple[int, str]] = []
+        self._budget = TokenBudget(self.scheduler.max_batch_tokens, 1)
+        self._has_given_way = False
         self._waste = Waste(pooled.layout)
         self._try_full_step()
 
@@ -113,8 +116,9 @@ class PoolingEngine:
 
     def step(self) -> StepFrame | None:
         """Launch what may be launched, then report the oldest step; None when there is nothing left to do."""
-        while len(self._in_flight) < self._max_in_flight and (plan := self.scheduler.schedule()) is not None:
-            self._in_flight.append((plan, self.runner.launch(plan)))
+        while len(self._in_flight) < self._max_in_flight and self._launch():
+            pass
+        has_given_way, self._has_given_way = self._has_given_way, False
         refused, self._refused = self._refused, []
         plan, pooled = WholePlan(), []
         if self._in_flight:
@@ -122,10 +126,11 @@ class PoolingEngine:
             pairs = zip(plan.sequences, handle.wait(), strict=True)
             pooled = [(seq.seq_id, vector.astype("<f4").tobytes()) for seq, vector in pairs]
             self.scheduler.finish(plan)
+            self._budget.step_done()
             self._waste.count(plan.num_scheduled_tokens, plan.num_padding_tokens)
             if not self.has_work:
                 self._waste.report()
-        elif not refused:
+        elif not refused and not has_given_way:
             return None
         return StepFrame(
             seq_ids=b"",
@@ -140,6 +145,33 @@ class PoolingEngine:
             num_rows=len(plan.sequences),
             pooled=pooled,
         )
+
+    def _launch(self) -> bool:
+        """The next step, if there is one that fits."""
+        self.scheduler.max_step_tokens = self._budget.tokens
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return False
+        try:
+            self._in_flight.append((plan, self.runner.launch(plan)))
+        except torch.OutOfMemoryError:
+            self._give_way(plan)
+            return False
+        return True
+
+    def _give_way(self, plan: WholePlan) -> None:
+        """After a step that the memory was too small for: smaller ones from here on.
+
+        Raises OutOfMemoryError when one text alone was too much: whoever restarts the process finds out that it was.
+        """
+        if len(plan.sequences) == 1 and not self._in_flight:
+            raise torch.OutOfMemoryError("a step of one text does not fit into the memory")
+        self._budget.halve()
+        log.warning("out of memory: steps of several texts have %d tokens at most", self._budget.tokens)
+        self.scheduler.take_back(plan)
+        self._has_given_way = True
+        if self.pooled.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _try_full_step(self) -> None:
         """On a GPU: whether memory is enough for the largest step is to be known before work is taken in."""
