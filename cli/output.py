@@ -85,6 +85,8 @@ def check_output(output: str, input_path: str, showing: Showing) -> None:
     for place in (output, showing.errors):
         if place is None or place == STDOUT:
             continue
+        if place.endswith(os.sep):
+            raise ConfigurationError(f"cannot write the results to {place}: it is a folder, name a file in it")
         if input_path != STDIN and _is_same(place, input_path):
             raise ConfigurationError(f"the output {place} is the input itself: give it another name")
         ResultsFile(Path(place), ResultShape(showing.result_format)).check()

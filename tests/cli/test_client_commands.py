@@ -449,6 +449,8 @@ def test_results_go_where_and_how_they_are_asked_for(here: Invoke, answer: Calla
     asked = here("results", job, "-o", "results.jsonl", "--format", "openai", "--errors", "errors.csv")
     assert asked.exit_code == 1
     assert "OpenAI's format is JSON lines, not csv" in asked.stderr
+    folder = here("results", job, "-o", "answers/")
+    assert (folder.exit_code, "answers/: it is a folder, name a file in it" in folder.stderr) == (1, True)
     same = here("results", job, "-o", "results.jsonl", "--errors", "./results.jsonl")
     assert same.exit_code == 1
     assert "results and errors both go to results.jsonl" in same.stderr
