@@ -8,6 +8,7 @@ more than the copy of what stays costs.
 Letters: R rows, W columns of the prompts.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,8 @@ from protocol.errors import InvalidRequest
 _WINDOW_RECTANGLES = 8
 #: Reading a row once for a step costs about as much as half of copying it.
 _COPY_COST_STEPS = 2
+#: Part of the most rows that comes back with every rectangle, after memory was too small for some.
+_RECOVERY = 16
 
 
 @dataclass(slots=True)
@@ -60,12 +63,12 @@ class CacheSpace:
 
 
 class PaddedScheduler:
-    num_preemptions = 0  # a rectangle has its room from the start
-
     def __init__(self, num_tokens: int, *, max_num_seqs: int, max_batch_tokens: int, max_model_len: int) -> None:
         self.blocks = CacheSpace(num_tokens, num_tokens)
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = min(max_num_seqs, max_batch_tokens)
+        self.max_rows = self.max_num_seqs  # fewer where memory has proven too small
+        self.num_preemptions = 0  # only then: a rectangle has its room from the start
         self.max_model_len = max_model_len
         self._num_arrivals = 0
         self._fair_share = FairShare()
@@ -120,24 +123,41 @@ class PaddedScheduler:
         """Apply a step's sampled tokens, one per entry of `plan.sampled`."""
         return apply_tokens(plan, tokens, self._finish)
 
+    def take_back(self, plans: Iterable[StepPlan]) -> None:
+        """These steps, the last ones launched, have failed: their rectangle waits again, to start with fewer rows."""
+        for plan in plans:
+            for segment in plan.sampled:
+                plan.sequences[segment].num_in_flight -= 1
+            for segment, start, _ in plan.scored:
+                plan.sequences[segment].num_scored = min(plan.sequences[segment].num_scored, start)
+        self.max_rows = max(len(self._rectangle) // 2, 1)
+        for seq in self._rectangle:
+            if seq.state is SequenceState.RUNNING:
+                seq.state, seq.row, seq.num_computed = SequenceState.WAITING, -1, 0
+                self._waiting.add(seq)
+                self.num_preemptions += 1
+        self._rectangle = []
+        self.blocks.num_free = self.blocks.num_blocks
+
     def _fill(self, plan: PaddedPlan) -> None:
         plan.rectangle, plan.width, plan.first_column = self._rectangle, self._width, self._column
         left = self._width - self._column
         plan.num_columns = min(left, max(self.max_batch_tokens // len(self._rectangle), 1)) if left > 0 else 1
         self._column += plan.num_columns
         for row, seq in enumerate(self._rectangle):
-            end = self._column - (self._width - seq.num_prompt_tokens)
+            end = self._column - (self._width - seq.num_prefill)
             if seq.state is SequenceState.RUNNING and end > seq.num_computed:
                 plan.rows.append(row)
                 plan.append(seq, end - seq.num_computed, is_sampled=self._column >= self._width)
 
     def _start(self, plan: PaddedPlan) -> None:
         self._rectangle = chosen = self._choose()
-        self._width, self._column = max(seq.num_prompt_tokens for seq in chosen), 0
+        self.max_rows = min(self.max_rows + max(self.max_num_seqs // _RECOVERY, 1), self.max_num_seqs)
+        self._width, self._column = max(seq.num_known for seq in chosen), 0
         for row, seq in enumerate(chosen):
             self._waiting.remove(seq)
             self._fair_share.admit(seq)
-            seq.state, seq.row, seq.num_prefill = SequenceState.RUNNING, row, seq.num_prompt_tokens
+            seq.state, seq.row, seq.num_prefill = SequenceState.RUNNING, row, seq.num_known
         self._reserve(chosen)
         plan.is_new = True
         plan.admitted = list(chosen)
@@ -147,25 +167,25 @@ class PaddedScheduler:
         first, *others = self._waiting.first(_WINDOW_RECTANGLES * self.max_num_seqs)
 
         def distance(seq: Sequence) -> tuple[int, int, int, int]:
-            longer = seq.num_prompt_tokens - first.num_prompt_tokens
-            return seq.priority, abs(longer), longer, abs(seq.max_tokens - first.max_tokens)
+            longer = seq.num_known - first.num_known
+            return seq.priority, abs(longer), longer, abs(_num_left(seq) - _num_left(first))
 
-        chosen, width, num_outputs = [first], first.num_prompt_tokens, first.max_tokens
+        chosen, width, num_outputs = [first], first.num_known, _num_left(first)
         for seq in sorted(others, key=distance):
-            if len(chosen) == self.max_num_seqs:
+            if len(chosen) >= self.max_rows:
                 break
-            columns = max(width, seq.num_prompt_tokens) + max(num_outputs, seq.max_tokens)
+            columns = max(width, seq.num_known) + max(num_outputs, _num_left(seq))
             # Columns are positions to a model that makes its own mask, those of padding too.
             if columns <= self.max_model_len and (len(chosen) + 1) * columns <= self.blocks.capacity:
                 chosen.append(seq)
-                width, num_outputs = max(width, seq.num_prompt_tokens), max(num_outputs, seq.max_tokens)
+                width, num_outputs = max(width, seq.num_known), max(num_outputs, _num_left(seq))
         return chosen
 
     def _drop_ended(self, plan: PaddedPlan) -> None:
         kept = [row for row, seq in enumerate(self._rectangle) if seq.state is SequenceState.RUNNING]
         live = [self._rectangle[row] for row in kept]
         num_ended = len(self._rectangle) - len(kept)
-        num_left = max(self._width - self._column, 0) + max(seq.max_tokens - len(seq.output_ids) for seq in live)
+        num_left = max(self._width - self._column, 0) + max(map(_num_left, live))
         if num_ended and num_ended * num_left >= _COPY_COST_STEPS * len(kept):
             plan.kept = kept
             self._rectangle = live
@@ -173,7 +193,7 @@ class PaddedScheduler:
 
     def _reserve(self, live: list[Sequence]) -> None:
         """Of the cache, what the rectangle takes when the last of its live rows ends."""
-        columns = self._width + max(seq.max_tokens for seq in live)
+        columns = self._width + max(seq.num_prompt_tokens + seq.max_tokens - seq.num_prefill for seq in live)
         self.blocks.num_free = self.blocks.num_blocks - len(self._rectangle) * columns
 
     def _finish(self, seq: Sequence) -> None:
@@ -185,3 +205,8 @@ class PaddedScheduler:
         if not self.num_running:
             self._rectangle = []
             self.blocks.num_free = self.blocks.num_blocks
+
+
+def _num_left(seq: Sequence) -> int:
+    """Output tokens to come at most."""
+    return seq.max_tokens - len(seq.output_ids)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from batching.padded import PaddedPlan
 from batching.scheduler import StepPlan
 from batching.token_budget import TokenBudget
 from tests.engine.reference import Reference, drive, new_sequence, settings_for
@@ -57,14 +58,48 @@ def test_a_step_that_is_too_large_is_halved_and_everybody_gets_the_same_tokens(
     assert max(sizes) <= 40
 
 
+def test_a_rectangle_that_is_too_large_starts_again_with_fewer_rows_and_everybody_gets_the_same_tokens(
+    model_folder: Callable[[str], Path], reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(model_folder("bloom"), layout="padded", max_num_seqs=6)
+    sequences = [
+        new_sequence(i, prompt, 12, temperature=i % 2, seed=i) for i, prompt in enumerate(reference("bloom").prompts)
+    ]
+    undisturbed = drive(Engine.start(settings), sequences)
+    engine, num_failures, most_cells = Engine.start(settings), 0, 0
+    launch = engine.runner.launch
+
+    def launch_or_fail(plan: StepPlan) -> StepHandle:
+        nonlocal num_failures, most_cells
+        assert isinstance(plan, PaddedPlan)
+        num_cells = len(plan.rectangle) * (plan.first_column + plan.num_columns)
+        # Also in the middle of the answers, when some tokens of them are known.
+        if num_cells > 100 and len(plan.rectangle) > 1:
+            num_failures += 1
+            raise torch.OutOfMemoryError("as if it were")
+        most_cells = max(most_cells, num_cells if len(plan.rectangle) > 1 else 0)
+        return launch(plan)
+
+    monkeypatch.setattr(engine.runner, "launch", launch_or_fail)
+    run = drive(engine, sequences)
+
+    assert num_failures > 3
+    assert run.outputs == undisturbed.outputs
+    assert run.reasons == undisturbed.reasons
+    assert 50 < most_cells <= 100
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
+
+
 def scored_lengths(scores: dict[int, list[Any]]) -> dict[int, int]:
     return {seq_id: sum(len(part.logprobs) for part in parts) for seq_id, parts in scores.items()}
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_an_engine_whose_smallest_step_does_not_fit_gives_up(
-    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    layout: str, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine.start(settings_for(model_folder("llama")))
+    engine = Engine.start(settings_for(model_folder("llama"), layout=layout))
 
     def fail(_plan: StepPlan) -> StepHandle:
         raise torch.OutOfMemoryError("as if it were")

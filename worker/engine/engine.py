@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from batching.padded import PaddedScheduler
+from batching.padded import PaddedPlan, PaddedScheduler
 from batching.scheduler import Outcome, Scheduler, StepPlan
 from batching.sequence import Sequence
 from batching.token_budget import TokenBudget
@@ -33,6 +33,8 @@ log = logging.getLogger("millrace.engine")
 #: What a warm-up runs: few and short, but of odd and even numbers.
 _WARM_UP_SEQUENCES = 4
 _WARM_UP_TOKENS = 48
+#: Tokens of a padded step below which a lack of memory is not theirs.
+_LEAST_COLUMNS = 256
 
 
 class Engine:
@@ -74,7 +76,8 @@ class Engine:
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._refused: list[tuple[int, str]] = []
         self._num_reported_preemptions = 0
-        self._budget = TokenBudget(self.scheduler.max_batch_tokens, self.scheduler.max_num_seqs)
+        least = _LEAST_COLUMNS if isinstance(self.scheduler, PaddedScheduler) else self.scheduler.max_num_seqs
+        self._budget = TokenBudget(self.scheduler.max_batch_tokens, least)
         self._failed: list[StepPlan] = []  # launched in vain for lack of memory
         log.info(
             "layout %s, attention backend %s, KV cache of %d blocks of %d tokens, lookahead %d",
@@ -241,10 +244,12 @@ class Engine:
 
         Raises OutOfMemoryError when they cannot be smaller: whoever restarts the process finds out who is to blame.
         """
-        if isinstance(self.scheduler, PaddedScheduler) or not self._budget.halve():
+        is_halved = self._budget.halve()
+        # Of a rectangle, rows count too.
+        if not is_halved and not any(isinstance(plan, PaddedPlan) and len(plan.rectangle) > 1 for plan in self._failed):
             raise torch.OutOfMemoryError("the smallest possible step does not fit into the memory")
         log.warning("out of memory: everything is preempted, and steps have %d tokens at most", self._budget.tokens)
-        self.runner.decode.forget()
+        self.runner.forget()
         self.scheduler.take_back(self._failed)
         self._failed = []
         if self.loaded.device.type == "cuda":

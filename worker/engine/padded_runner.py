@@ -24,10 +24,13 @@ class PaddedRunner(Runner):
         self._start(loaded, max_num_seqs, 0)
         self._padded = PaddedForward(loaded.model)
 
+    def forget(self) -> None:
+        self._padded.start()
+
     def _arrays(self, plan: StepPlan, layout: PackedLayout) -> dict[str, Array]:
         assert isinstance(plan, PaddedPlan)
         arrays = super()._arrays(plan, layout)
-        pads = np.array([plan.width - seq.num_prompt_tokens for seq in plan.rectangle], dtype=np.int64)
+        pads = np.array([plan.width - seq.num_prefill for seq in plan.rectangle], dtype=np.int64)
         rows = np.repeat(np.array(plan.rows, dtype=np.int64), layout.query_lens)  # (T,) of the rectangle
         arrays["pads"] = pads  # (R,)
         arrays["places"] = rows * plan.num_columns + layout.positions + pads[rows] - plan.first_column  # (T,)

@@ -132,6 +132,10 @@ class Runner:
             scores = self._scorer.score(scored, sent["score_targets"], num_top)
         return self._fetch(forward, tokens, scores, logprobs)
 
+    def forget(self) -> None:
+        """A launch has failed: what the device knows of the running rows is uncertain."""
+        self.decode.forget()
+
     def _forward(self, plan: StepPlan, layout: PackedLayout, sent: dict[str, Tensor]) -> Forward:
         if plan.is_decode_only:
             self.decode.update(sent)
