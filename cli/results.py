@@ -2,6 +2,7 @@
 
 import click
 
+from cli.interrupts import Interrupts
 from cli.options import showing_options
 from cli.output import STDIN, Output, Showing, check_output
 
@@ -26,5 +27,5 @@ def command(job: str, output: str, partial: bool, showing: Showing) -> None:
     check_output(output, STDIN, showing)
     with Client() as client:
         found = client.find(job)
-        with Output(output, showing, found) as file:
+        with Interrupts(), Output(output, showing, found) as file:
             file.write(client.results(found, order=showing.order, wait=not partial))

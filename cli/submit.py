@@ -53,6 +53,7 @@ def command(
       millrace submit prompts.jsonl --max-tokens 100 --wait -o results.jsonl
     """
     from cli.collector import Collector
+    from cli.interrupts import Interrupts
     from cli.progress import Progress
     from cli.summary import Summary, check_any_answer
     from producer.client import Client
@@ -85,7 +86,7 @@ def command(
             check_any_answer(client.wait(job, on_progress=progress.show_status), "`millrace results` shows them")
             return
         summary = Summary()
-        with Output(output, showing, job) as file:
+        with Interrupts(), Output(output, showing, job) as file:
             if showing.order == "finished":
                 with Collector(client, job, file, summary.add):
                     status = client.wait(job, on_progress=progress.show_status)

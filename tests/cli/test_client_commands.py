@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -296,6 +297,19 @@ def test_cancel_stops_jobs_and_says_what_stays(here: Invoke) -> None:
         "state": "cancelled",
         "num_results": 1,
     }
+
+
+def test_a_stopped_command_leaves_no_half_of_a_file(
+    here: Invoke, answer: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = here("submit", "prompts.jsonl").stdout.strip()
+    answer()
+    before = sorted(os.listdir())
+    monkeypatch.setattr("cli.output.Output.write", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    for command in (["results", job], ["submit", "prompts.jsonl", "--wait"]):
+        assert here(*command, "-o", "results.jsonl").exit_code == 130
+    assert sorted(os.listdir()) == before
 
 
 def test_places_for_results_need_a_wait_for_them(here: Invoke) -> None:
