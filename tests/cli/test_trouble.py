@@ -1,10 +1,13 @@
 """Servers that refuse or are away, and full disks: one line that says what to do, and the same command goes on."""
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -134,7 +137,7 @@ def test_wrong_password_of_redis_loses_nothing_and_the_same_submit_goes_on(
     assert json.loads(here("status", job["id"], "--json").stdout)["state"] == "running"
 
 
-def test_submit_to_a_full_disk_loses_nothing_and_goes_on_once_there_is_room(
+def test_submit_to_a_full_disk_waits_and_goes_on_once_there_is_room(
     here: Invoke, small_disk: SmallDisk, tmp_path: Path
 ) -> None:
     here = partial(here, database_url=f"sqlite:///{small_disk.path}/ledger.db")
@@ -148,16 +151,31 @@ def test_submit_to_a_full_disk_loses_nothing_and_goes_on_once_there_is_room(
     assert here("migrate").exit_code == 0
     (small_disk.path / "ballast").write_bytes(bytes(650 << 10))
 
-    full = here("submit", "large.jsonl")
+    with calling(small_disk.free, at="free some space on its disk"):
+        waited = here("submit", "large.jsonl")
 
-    assert_one_line(full.exit_code, full.stderr, "free some space on its disk", "the same command goes on")
+    assert waited.exit_code == 0
+    said = [line for line in waited.stderr.splitlines() if line.startswith("warning: ")]
+    assert re.search(r"the same command goes on; \d+ lines are in, and it goes on when the database does", said[0])
+    assert "the database takes lines again: going on after line" in said[1]
     (job,) = map(json.loads, here("jobs", "--json").stdout.splitlines())
-    assert job["state"] == "submitting"
-    assert 0 < job["num_lines"] < 600
-    small_disk.free()
-    again = here("submit", "large.jsonl")
-    assert (again.exit_code, again.stdout) == (0, f"{job['id']}\n")
-    assert json.loads(here("status", job["id"], "--json").stdout)["num_requests"] == 600
+    assert (job["id"], job["num_requests"]) == (waited.stdout.strip(), 600)
+
+
+@contextmanager
+def calling(act: Callable[[], None], *, at: str) -> Iterator[None]:
+    """Does something once, when the producer warns of this."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if at in record.getMessage():
+                logger.removeHandler(self)
+                act()
+
+    logger, handler = logging.getLogger("millrace.producer"), Handler()
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
 
 
 def test_results_to_a_full_disk_are_kept_for_another_try(
