@@ -27,6 +27,7 @@ DEFAULT_CONFIG_FILE = "millrace.toml"
 PARENT_FD_VARIABLE = "MILLRACE_PARENT_FD"
 #: Settings that are several words, which a variable holds with commas between them.
 _LISTS = ("also_serves",)
+_MSGSPEC_SAID = re.compile(r"Expected `([^`]+)`, got `[^`]+` - at `\$\.([a-z_.]+)`")
 _NO_SETTINGS = (CONFIG_VARIABLE, PARENT_FD_VARIABLE, FAULT_VARIABLE)
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -224,9 +225,21 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[s
     try:
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigurationError(f"a setting has the wrong type: {error}") from error
+        raise ConfigurationError(_wrong_type(str(error), values)) from error
     settings.check()
     return settings
+
+
+def _wrong_type(said: str, values: Mapping[str, Any]) -> str:
+    """What msgspec said of a value, with the setting's name and the value."""
+    match = _MSGSPEC_SAID.fullmatch(said)
+    if match is None:
+        return f"a setting has the wrong type: {said}"
+    expected, dotted = match.groups()
+    value: Any = values
+    for name in dotted.split("."):
+        value = value[name]
+    return f"{dotted}={value!r} has the wrong type: it must be {expected}"
 
 
 def _read_toml(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -35,6 +35,20 @@ def test_number_out_of_range_is_refused_with_its_limits(name: str, text: str) ->
     assert str(caught.value).startswith(f"{start_of_message}={text}")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lease_seconds", "lease_seconds='soon' has the wrong type: it must be float"),
+        ("engine_max_num_seqs", "engine.max_num_seqs='soon' has the wrong type: it must be int | null"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(name: str, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(environ={f"MILLRACE_{name.upper()}": "soon"})
+
+    assert str(caught.value) == message
+
+
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e300"])
 @pytest.mark.parametrize(
     "name", ["lease_seconds", "answers_ttl_seconds", "engine_start_seconds", "engine_memory_fraction"]
