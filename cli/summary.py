@@ -26,7 +26,7 @@ class Summary:
         """Take in the next Result."""
         if result.failure is not None:
             self._errors[result.failure.code] += 1
-        elif len(self._first) < _NUM_SHOWN:
+        elif len(self._first) < _NUM_SHOWN and result.answer is not None and result.answer.text:
             self._first.append(result)
 
     def text(self, status: JobStatus, place: str) -> str:
@@ -50,7 +50,7 @@ class Summary:
         return "\n".join(lines)
 
     def first_answers(self, prompts: Mapping[int, str]) -> str:
-        """Prompt and answer of the first lines, shortened; empty when there is no answer at all."""
+        """Prompt and answer of the first lines, shortened; empty when none has a text."""
         shown: list[str] = []
         for result in self._first:
             assert result.answer is not None

@@ -137,7 +137,8 @@ def set_priority(ledger: Ledger, job_id: str, priority: Priority) -> None:
 
 
 def find_job(ledger: Ledger, name: str, tenant: str, *, among: ColumnElement[bool] = is_there) -> Job:
-    """The tenant's Job with this id, with the one id that begins so (4 characters or more), or with this identity.
+    """The tenant's Job with this id, with the one id that begins so (4 characters or more), or with this identity,
+    which is its name where it has one.
 
     Raises JobNotFound and DatabaseUnavailable.
     """
@@ -154,7 +155,7 @@ def find_job(ledger: Ledger, name: str, tenant: str, *, among: ColumnElement[boo
             raise JobNotFound(f"{name!r} is the beginning of several Jobs ({ids}): give more of the id")
         raise JobNotFound(
             f"there is no Job {name!r} of tenant {tenant!r}: give its id, at least {_MIN_PREFIX} characters of it, or "
-            "its identity"
+            "its name"
         )
 
     return ledger.read(work)

@@ -105,6 +105,8 @@ def _log_to_stderr(level: str) -> None:
     # Celery's tracer times only itself, since the engine is done when it runs; the worker logs with true times.
     logging.getLogger("celery.app.trace").setLevel(logging.WARNING)
     logging.getLogger("celery.worker.strategy").setLevel(logging.WARNING)
+    # Says how it speaks to the database at every check of the tables.
+    logging.getLogger("alembic.runtime.migration").setLevel(logging.WARNING)
     # Celery warns of root because of pickle, which is never accepted here; containers run as root all the time.
     warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
 

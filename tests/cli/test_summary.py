@@ -9,6 +9,8 @@ def answer(line: int, text: str) -> Result:
 def test_first_three_answers_are_shown_with_their_prompts() -> None:
     summary = Summary()
     summary.add(Result(line=1, failure=Failure("invalid_json", "no")))
+    # A score, say, has no text to show.
+    summary.add(answer(9, ""))
     for line in (2, 3, 4, 5):
         summary.add(answer(line, f"answer {line}"))
 
