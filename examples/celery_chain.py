@@ -8,6 +8,8 @@ import sys
 
 from celery import Celery, chain
 
+if len(sys.argv) != 2:
+    sys.exit("usage: celery_chain.py redis://:password@127.0.0.1:6379/0")
 app = Celery("another-project", broker=sys.argv[1], backend=sys.argv[1])
 
 

@@ -26,6 +26,10 @@ def main():
     parser.add_argument("--column", default="text", help="the column of texts; default text")
     parser.add_argument("-o", "--output", required=True, metavar="CSV")
     options = parser.parse_args()
+    with open(options.input, newline="", encoding="utf-8-sig") as file:
+        columns = csv.DictReader(file).fieldnames or []
+    if options.column not in columns:
+        parser.error(f"{options.input} has no column {options.column!r}: --column takes one of {', '.join(columns)}")
 
     with Client() as client:
         # An iterator is read only once, so its Job needs a name to be found again.
