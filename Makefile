@@ -32,8 +32,9 @@ load: $(STAMP)  ## Many users at once against a system of their own; a report in
 bench-queue: $(STAMP)  ## Prompts per second through the queue, against plain Celery
 	$(BIN)/python -m benchmarks.bench_queue
 
+# Two at a time: most of a test of processes is waiting for one.
 test: $(STAMP)  ## Run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(STAMP)  ## Format, lint, types and import rules, as CI checks them
 	$(BIN)/ruff format --check .
