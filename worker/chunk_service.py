@@ -99,10 +99,13 @@ class ChunkService:
             threading.Thread(target=self._guarded, args=(self._watch,), name="watch", daemon=True),
         ]
 
-    def start(self) -> None:
+    def load(self) -> None:
         """Blocks until the engines are ready. Raises ConfigurationError, EngineDied or DatabaseUnavailable."""
         self._ledger.check_schema()
         self.inference.start()
+
+    def start(self) -> None:
+        """From here on Chunks are leased, so that whoever ends the process has to `stop` it."""
         self._flights.beat()
         self._committer.start()
         for thread in self._threads:

@@ -21,6 +21,7 @@ from worker.inference import ENGINE_MODULE
 from worker.interactive_queues import InteractiveQueues, show_all_queues
 from worker.pool import EnginePool, PoolParts
 from worker.pooled import KINDS
+from worker.stop_signals import heed_stop_signals
 from worker.tasks import register_tasks
 
 logger = logging.getLogger("millrace.worker")
@@ -82,6 +83,9 @@ def run_worker(settings: Settings, engine_module: str = ENGINE_MODULE) -> int:
         without_gossip=True,
     )
     _follow_parent()
+    service.load()
+    # Until here a signal may simply end the process. Celery sets handlers of its own later, and the pool ours again.
+    heed_stop_signals(service.hurry)
     service.start()
     calls.start()
     engine, num_engines = service.inference.engine, service.inference.num_engines

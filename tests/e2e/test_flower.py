@@ -21,7 +21,7 @@ from protocol.sampling import SamplingParams
 from protocol.settings import Settings
 from tests.conftest import free_port
 from tests.e2e.conftest import PATIENCE_S
-from tests.e2e.foreign import MARKER, Beside, app, beside, generate, wait_until
+from tests.e2e.foreign import MARKER, TWIN, Beside, app, beside, generate, wait_until
 from tests.processes import command_line
 
 __all__ = ["app", "beside"]
@@ -130,7 +130,8 @@ def test_a_worker_is_shown_with_its_model_device_backend_and_limits(flower: Flow
     page = flower.text(f"/worker/{name}")
     assert "sdpa" in page.lower()
     queues = {queue["name"] for queue in worker["active_queues"]}
-    assert queues == {"millrace.tiny.bulk", "millrace.tiny.normal", "millrace.tiny.interactive", "celery"}
+    own = {f"millrace.{name}.{kind}" for name in ("tiny", TWIN) for kind in ("bulk", "normal", "interactive")}
+    assert queues == {*own, "celery"}
 
 
 def test_only_those_with_the_password_see_anything(flower: Flower, beside: Beside) -> None:

@@ -31,6 +31,7 @@ def service_settings(model: Path, redis_url: str, database_url: str, **changes: 
 def running_service(settings: Settings) -> Iterator[ChunkService]:
     fatal: list[str] = []
     service = ChunkService(settings, Path(settings.engine.model), on_credit=lambda: None, on_fatal=fatal.append)
+    service.load()
     service.start()
     try:
         yield service
