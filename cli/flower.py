@@ -52,6 +52,7 @@ def _is_loopback(address: str) -> bool:
 def _run(broker_url: str, address: str, port: int, login: str | None) -> None:
     """Within this process: on a command line of its own Flower's secrets could be read by everybody on the machine."""
     import logging
+    import os
     import signal
     import sys
 
@@ -59,6 +60,7 @@ def _run(broker_url: str, address: str, port: int, login: str | None) -> None:
     from flower.options import options
     from flower.urls import settings as pages
 
+    from cli.main import INTERRUPTED
     from protocol.celery_app import make_watching_app
     from protocol.errors import ConfigurationError
 
@@ -77,8 +79,11 @@ def _run(broker_url: str, address: str, port: int, login: str | None) -> None:
             f"cannot listen on {address}, port {port}: {error.strerror}; give another --port or --address"
         ) from error
     click.echo(f"Flower is at http://{address}:{chosen}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        flower.start()
-    finally:
-        flower.stop()
+
+    def end(number: int, _frame: object) -> None:
+        # Flower keeps nothing, and an orderly end would wait for threads that wait for a broker that is away.
+        os._exit(INTERRUPTED if number == signal.SIGINT else 0)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    flower.start()
