@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+# Interprets our kernels, and compiles them for GPUs, where there is none. torch for CUDA brings the one it needs.
+TRITON := triton==3.7.1
 
 .PHONY: help setup demo bench-queue chaos load test check format docs clean
 
@@ -17,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Millrace needs Python 3.11 or newer; this is $$($(PYTHON) -V). Set PYTHON=python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	@if [ "$$(uname)" = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then \
+		$(BIN)/python -m pip install -q --disable-pip-version-check '$(TRITON)'; \
+	fi
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[worker,postgres,parquet,flower,tune,dev]'
 	touch $(STAMP)
 
