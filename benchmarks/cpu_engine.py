@@ -24,14 +24,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
+from benchmarks.sequential_answers import NEAR_TIE
 from protocol.frames import NewSequence
 from protocol.settings import EngineSettings
 from worker.engine.engine import Engine
 
 BUNDLED = Path(__file__).parents[1] / "models" / "millrace-tiny"
 BATCH_SIZES = (32, 64)
-#: Reference logits closer than this make either token a right answer in float32.
-NEAR_TIE = 1e-4
 
 Requests = list[tuple[list[int], int]]
 
