@@ -6,10 +6,9 @@ Redis keys, all written by one script and all dropped together when no answer wa
     millrace:answers:bytes  string  sum over the hash of key and value lengths
 """
 
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from operator import attrgetter
 from typing import Any, cast
@@ -20,6 +19,7 @@ from sqlalchemy import Connection, select, update
 
 from protocol.frames import FinishReason
 from protocol.requests import Answer
+from storage.batches import batches
 from storage.clock import now, now_once
 from storage.insertion import insert_new
 from storage.ledger import Ledger
@@ -27,9 +27,6 @@ from storage.optional_redis import OptionalRedis, connect
 from storage.tables import answers
 
 log = logging.getLogger("millrace.storage.answers")
-
-#: Keys per statement or command, below the 32766 parameters SQLite takes and short enough not to hold Redis up.
-_MAX_KEYS = 500
 
 #: Seconds within which another use of an answer in SQL is not written down: it would cost a write for every read.
 USED_S = 86_400.0
@@ -119,7 +116,7 @@ def find_answers(ledger: Ledger, keys: Iterable[bytes]) -> dict[bytes, Answer]:
 
     def work(connection: Connection) -> tuple[dict[bytes, Answer], list[bytes]]:
         found, stale = {}, []
-        for batch in _batches(wanted):
+        for batch in batches(wanted):
             for key, is_stale, *columns in connection.execute(columns_of_answer.where(answers.c.key.in_(batch))):
                 found[key] = to_answer(*columns)
                 if is_stale:
@@ -133,7 +130,7 @@ def find_answers(ledger: Ledger, keys: Iterable[bytes]) -> dict[bytes, Answer]:
 
 
 def _mark_used(connection: Connection, keys: list[bytes]) -> None:
-    for batch in _batches(keys):
+    for batch in batches(keys):
         connection.execute(update(answers).where(answers.c.key.in_(batch)).values(used_at=now()))
 
 
@@ -195,7 +192,7 @@ class AnswerCache:
     def get_many(self, keys: Iterable[bytes]) -> dict[bytes, Answer]:
         """Those of the answers that are in Redis."""
         found = {}
-        for batch in _batches(list(dict.fromkeys(keys))):
+        for batch in batches(dict.fromkeys(keys)):
             nothing: tuple[list[Any], list[Any], float] = ([], [], 0.0)
             values, ages, now_ms = self._link.call(partial(self._read, batch), nothing)
             for key, value, put_ms in zip(batch, values, ages, strict=False):
@@ -209,13 +206,13 @@ class AnswerCache:
 
     def put_many(self, new: Mapping[bytes, Answer]) -> None:
         """Add these answers; older ones make room."""
-        for batch in _batches(list(new)):
+        for batch in batches(new):
             pairs = [part for key in batch for part in (key, _encode(new[key]))]
             self._link.call(partial(self._put, _KEYS, [self._ttl_ms, self._max_bytes, *pairs]), None)
 
     def forget(self, keys: Iterable[bytes]) -> None:
         """Drop these answers. Where Redis is away they go when their time is over, as all do."""
-        for batch in _batches(list(keys)):
+        for batch in batches(keys):
             self._link.call(partial(self._forget, _KEYS, batch), None)
 
     def close(self) -> None:
@@ -237,10 +234,3 @@ def _readable(value: bytes) -> Answer | None:
         return _decode(value)
     except msgspec.MsgspecError:
         return None
-
-
-def _batches(keys: list[bytes]) -> Iterator[list[bytes]]:
-    for start in itertools.count(0, _MAX_KEYS):
-        if start >= len(keys):
-            return
-        yield keys[start : start + _MAX_KEYS]

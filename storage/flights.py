@@ -8,12 +8,13 @@ Redis keys:
 """
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 from redis import Redis
 
+from storage.batches import batches
 from storage.optional_redis import OptionalRedis, connect
 
 log = logging.getLogger("millrace.storage.flights")
@@ -24,8 +25,6 @@ _ABOARD = "millrace:aboard:"
 _MAX_FLIGHT_MS = 86_400_000
 #: How long an owner counts as alive after a sign of life: for a dead one's answers others wait no longer than that.
 _ABOARD_MS = 5_000
-#: Keys per command, short enough not to hold Redis up.
-_MAX_KEYS = 500
 
 # Each answers with the positions, from 1, of the keys that are somebody else's, who lives.
 _CLAIM = """
@@ -83,7 +82,7 @@ class Flights:
     def claim(self, keys: Collection[bytes]) -> set[bytes]:
         """Take off with all of these that nobody else computes; returns those that somebody else does."""
         held: set[bytes] = set()
-        for batch in _batches(list(keys)):
+        for batch in batches(keys):
             arguments = [self._owner, _MAX_FLIGHT_MS, _ABOARD]
             names = [_FLIGHT + key for key in batch]
             positions: list[int] = self._link.call(partial(self._claim, keys=names, args=arguments), [])
@@ -92,7 +91,7 @@ class Flights:
 
     def release(self, keys: Collection[bytes]) -> None:
         """These are in the database, or not computed any more: others may have them."""
-        for batch in _batches(list(keys)):
+        for batch in batches(keys):
             names = [_FLIGHT + key for key in batch]
             self._link.call(partial(self._release, keys=names, args=[self._owner]), None)
 
@@ -100,7 +99,3 @@ class Flights:
         """The owner ends: its flights are anybody's."""
         self._link.call(lambda: self._link.redis.delete(_ABOARD + self._owner), None)
         self._link.redis.close()
-
-
-def _batches(keys: list[bytes]) -> Iterator[list[bytes]]:
-    return (keys[i : i + _MAX_KEYS] for i in range(0, len(keys), _MAX_KEYS))

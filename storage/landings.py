@@ -5,11 +5,9 @@ from collections.abc import Collection
 import msgspec
 from sqlalchemy import Connection, func, select
 
+from storage.batches import batches
 from storage.ledger import Ledger
 from storage.tables import chunks, is_there, is_unfinished, jobs
-
-#: Chunk ids per statement, well below the 32766 parameters SQLite takes.
-_MAX_IDS = 500
 
 _num_results = chunks.c.num_ok + chunks.c.num_error
 _landed = select(chunks.c.id, chunks.c.first_line, chunks.c.last_line, _num_results, ~is_unfinished)
@@ -41,13 +39,12 @@ def landed_chunks(
 
 def landed_by_id(ledger: Ledger, ids: Collection[int]) -> dict[int, LandedChunk]:
     """These Chunks of any Jobs, with Results or not; deleted ones are missing. Raises DatabaseUnavailable."""
-    wanted = sorted(ids)
 
     def work(connection: Connection) -> dict[int, LandedChunk]:
         found: dict[int, LandedChunk] = {}
-        for start in range(0, len(wanted), _MAX_IDS):
-            statement = _landed.where(chunks.c.id.in_(wanted[start : start + _MAX_IDS]))
-            found |= {row[0]: LandedChunk(*row) for row in connection.execute(statement)}
+        for batch in batches(sorted(ids)):
+            rows = connection.execute(_landed.where(chunks.c.id.in_(batch)))
+            found |= {row[0]: LandedChunk(*row) for row in rows}
         return found
 
     return ledger.read(work)

@@ -11,27 +11,16 @@ from itertools import chain
 from typing import Any
 
 import msgspec
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Double,
-    Update,
-    bindparam,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Double, Update, bindparam, or_, select, update
 
 from protocol.priority import PRIORITIES
 from protocol.requests import Request, unpack_requests
 from protocol.sampling import SamplingParams
+from storage.batches import batches
 from storage.clock import now, now_once
 from storage.intake_order import next_chunks
 from storage.ledger import Ledger
 from storage.tables import chunk_requests, chunks, is_leased, jobs, results
-
-#: Chunk ids per statement, well below the 32766 parameters SQLite takes.
-_MAX_IDS = 500
 
 _decode_params = msgspec.json.Decoder(SamplingParams).decode
 
@@ -130,7 +119,7 @@ def renew(ledger: Ledger, owner: str, held: Mapping[int, int], lease_s: float) -
 
     def work(connection: Connection) -> set[int]:
         kept = _still_held(connection, owner, held)
-        for ids in _batches(sorted(kept)):
+        for ids in batches(sorted(kept)):
             extended = update(chunks).where(chunks.c.id.in_(ids)).values(leased_until=now() + lease_s)
             connection.execute(extended)
         return kept
@@ -144,7 +133,7 @@ def still_leased(ledger: Ledger, owner: str, held: Mapping[int, int]) -> set[int
 
     def work(connection: Connection) -> set[int]:
         found: set[int] = set()
-        for ids in _batches(sorted(held)):
+        for ids in batches(sorted(held)):
             rows = connection.execute(columns.where(chunks.c.id.in_(ids)))
             found.update(row.id for row in rows if row.attempt == held[row.id])
         return found
@@ -156,28 +145,23 @@ def release(ledger: Ledger, owner: str, held: Mapping[int, int]) -> None:
     """Give the leases {chunk id: attempt} back: the Chunks wait again at once. Lost ones are left alone."""
 
     def work(connection: Connection) -> None:
-        for ids in _batches(sorted(_still_held(connection, owner, held))):
+        for ids in batches(sorted(_still_held(connection, owner, held))):
             connection.execute(_releasing().where(chunks.c.id.in_(ids)))
 
     if held:
         ledger.write(work)
 
 
-def release_owner(ledger: Ledger, owner_prefix: str) -> int:
-    """Give back all leases of owners with this prefix, who must be dead; returns how many."""
-    return _release_where(ledger, chunks.c.owner.startswith(owner_prefix, autoescape=True))
-
-
 def release_all(ledger: Ledger) -> int:
     """Give back every lease there is; for the one run that has the database to itself. Returns how many."""
-    return _release_where(ledger, None)
+    return ledger.write(lambda connection: connection.execute(_releasing().where(is_leased)).rowcount)
 
 
 def lock_chunks(connection: Connection, ids: Iterable[int]) -> dict[int, Held]:
     """Lock these Chunks' rows until the transaction ends, in one order for everybody so that nobody deadlocks."""
     found = {}
     columns = select(chunks.c.id, chunks.c.attempt, chunks.c.owner, chunks.c.state, chunks.c.digest)
-    for batch in _batches(sorted(set(ids))):
+    for batch in batches(sorted(set(ids))):
         statement = columns.where(chunks.c.id.in_(batch)).order_by(chunks.c.id).with_for_update(key_share=True)
         for row in connection.execute(statement):
             found[row.id] = Held(attempt=row.attempt, owner=row.owner, state=row.state, digest=row.digest)
@@ -187,13 +171,6 @@ def lock_chunks(connection: Connection, ids: Iterable[int]) -> dict[int, Held]:
 def _still_held(connection: Connection, owner: str, held: Mapping[int, int]) -> set[int]:
     found = lock_chunks(connection, held)
     return {i for i, at in found.items() if (at.attempt, at.owner, at.state) == (held[i], owner, "leased")}
-
-
-def _release_where(ledger: Ledger, condition: ColumnElement[bool] | None) -> int:
-    statement = _releasing().where(is_leased)
-    if condition is not None:
-        statement = statement.where(condition)
-    return ledger.write(lambda connection: connection.execute(statement).rowcount)
 
 
 def _releasing() -> Update:
@@ -248,7 +225,3 @@ def _left(
         if request.line not in refused and len(samples.get(request.line, ())) < num_samples:
             left.append(request)
     return left, frozenset((request.line, sample) for request in left for sample in samples.get(request.line, ()))
-
-
-def _batches(ids: list[int]) -> Iterable[list[int]]:
-    return (ids[i : i + _MAX_IDS] for i in range(0, len(ids), _MAX_IDS))

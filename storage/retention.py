@@ -13,13 +13,13 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from storage.answers import AnswerCache
+from storage.batches import batches
 from storage.clock import now_once
 from storage.ledger import Ledger
 from storage.tables import answers
 
-#: Answers that are looked at in one transaction, and keys per statement.
+#: Answers that are looked at in one transaction.
 _PAGE = 2000
-_MAX_KEYS = 500
 
 
 class AnswerTotals(msgspec.Struct, frozen=True):
@@ -103,6 +103,5 @@ def _look_at_page(connection: Connection, position: bytes, unused_s: float) -> t
 
 def _delete(connection: Connection, keys: Sequence[bytes], unused_s: float) -> None:
     is_unused = answers.c.used_at < now_once() - unused_s
-    for start in range(0, len(keys), _MAX_KEYS):
-        batch = keys[start : start + _MAX_KEYS]
+    for batch in batches(keys):
         connection.execute(delete(answers).where(answers.c.key.in_(batch), is_unused))

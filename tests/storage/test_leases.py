@@ -13,7 +13,7 @@ from protocol.requests import Request
 from protocol.sampling import SamplingParams, resolve
 from storage.clock import now
 from storage.jobs import append_chunk
-from storage.leases import claim_next, release, release_all, release_owner, renew
+from storage.leases import claim_next, release, release_all, renew
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
 from storage.tables import chunks
@@ -231,23 +231,19 @@ def test_many_leases_are_renewed_and_released_at_once(ledger: Ledger) -> None:
     assert Counter(row.state for row in states) == {"waiting": 1200}
 
 
-def test_the_leases_of_a_dead_owner_are_given_back(ledger: Ledger) -> None:
+def test_a_run_that_is_alone_gives_back_the_leases_of_all_dead_owners(ledger: Ledger) -> None:
     job = new_job(ledger)
-    owners = ("host-1:10/a", "host-1:10/b", "host-1:100/a", "host_1:10/a", "host-2:10/a")
-    claimed = {owner: new_chunk(ledger, job, [line]) for line, owner in enumerate(owners, 1)}
-    for owner, chunk_id in claimed.items():
-        new_lease(ledger, chunk_id, owner)
-
-    assert release_owner(ledger, "host-1:10/") == 2
-    # An underscore is a character here, no wildcard.
-    assert release_owner(ledger, "host_") == 1
-    assert {owner for owner, chunk_id in claimed.items() if chunk_row(ledger, chunk_id).state == "leased"} == {
-        "host-1:100/a",
-        "host-2:10/a",
-    }
+    dead, also_dead, waiting, done = (new_chunk(ledger, job, [line]) for line in (1, 2, 3, 4))
+    lease = new_lease(ledger, dead)
+    new_lease(ledger, also_dead, "worker-2")
+    commit(ledger, [ChunkCommit(new_lease(ledger, done), [answered(4)], is_finished=True)])
 
     assert release_all(ledger) == 2
     assert release_all(ledger) == 0
+
+    states = {chunk_id: chunk_row(ledger, chunk_id).state for chunk_id in (dead, also_dead, waiting, done)}
+    assert states == {dead: "waiting", also_dead: "waiting", waiting: "waiting", done: "finished"}
+    assert commit(ledger, [ChunkCommit(lease, [answered(1)], is_finished=True)]) == {dead}
 
 
 def test_threads_that_claim_at_the_same_time_get_each_chunk_once(ledger: Ledger) -> None:

@@ -5,7 +5,7 @@ import redis as redis_py
 from sqlalchemy import select, update
 
 from protocol.requests import Answer
-from storage import retention
+from storage import batches, retention
 from storage.answers import AnswerCache, find_answers, insert_answers
 from storage.clock import now
 from storage.ledger import Ledger
@@ -46,7 +46,7 @@ def test_unused_answers_go_from_sql_and_from_redis(
     ledger: Ledger, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "_PAGE", 4)
-    monkeypatch.setattr(retention, "_MAX_KEYS", 3)
+    monkeypatch.setattr(batches, "_MAX_SIZE", 3)
     put(ledger, cache, range(10, 30), unused_s=31 * DAY_S, embedding=b"1234")
     put(ledger, cache, range(30, 35), unused_s=29 * DAY_S)
     put(ledger, cache, range(35, 40), unused_s=31 * DAY_S)
