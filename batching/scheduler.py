@@ -302,7 +302,8 @@ class Scheduler:
             needed = sum(map(self._headroom, self._running.values()), self._headroom(seq))
             return needed - len(prefix.blocks) + num_unheld <= blocks.num_free
         if self._demand is None:
-            least_budget = self.max_batch_tokens - (self.max_num_seqs - 1)
+            # Where memory has proven too small, a step may have fewer tokens than there are rows.
+            least_budget = max(self.max_batch_tokens - (self.max_num_seqs - 1), 1)
             self._demand = PeakDemand(self._running.values(), blocks.block_size, least_budget)
         num_used = blocks.num_blocks - blocks.num_free + num_unheld
         return self._demand.fits(seq, len(prefix.blocks), prefix.num_tokens, num_used, blocks.num_blocks)

@@ -1,9 +1,10 @@
 """The decode step that is captured on CUDA, run as it is: filled up with rows of nobody, asking the host nothing."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from tests.engine.reference import Reference, assert_equal_where_decided, drive, new_sequence, settings_for
 from worker.engine.attention import AttentionStep, AttentionTerms
 from worker.engine.backends.sdpa import SDPABackend
-from worker.engine.decode_step import Decoded, DecodeStep, graph_sizes
+from worker.engine.decode_step import Decoded, graph_sizes
 from worker.engine.engine import Engine
 from worker.engine.row_state import RowState
 
@@ -28,6 +29,8 @@ def test_graph_sizes_hold_every_number_of_rows_with_little_padding(num_rows: int
 class _Blind(SDPABackend):
     """Takes lengths from the device, as a backend must that is captured."""
 
+    is_capturable = True
+
     def attend(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
@@ -36,29 +39,67 @@ class _Blind(SDPABackend):
         return super().attend(query, k_cache, v_cache, step, terms)
 
 
-def test_padded_steps_that_ask_the_host_nothing_give_the_same_text(
-    model_folder: Callable[[str], Path], reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+@dataclass
+class _Rerun:
+    """A graph that does again what it was made of, and leaves it where it was the first time."""
+
+    run: Callable[[], Decoded]
+    decoded: Decoded
+    num_replays: int = 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        again = self.run()
+        for name in ("logits", "positions", "tokens"):
+            getattr(self.decoded, name).copy_(getattr(again, name))
+
+
+class _Pool:
+    """Has room for graphs of so many rows at most."""
+
+    def __init__(self, most_rows: int) -> None:
+        self.most_rows = most_rows
+        self.graphs: dict[int, _Rerun] = {}
+
+    def capture(self, run: Callable[[], Decoded]) -> tuple[_Rerun, Decoded] | None:
+        decoded = run()
+        if (size := len(decoded.positions)) > self.most_rows:
+            return None
+        self.graphs[size] = _Rerun(run, decoded)
+        return self.graphs[size], decoded
+
+
+@pytest.mark.parametrize("most_rows", [1000, 4, 0])
+def test_decode_gives_the_same_text_whether_all_or_some_or_no_graphs_find_room(
+    most_rows: int,
+    model_folder: Callable[[str], Path],
+    reference: Callable[[str], Reference],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    expected = reference("qwen3")
-    sizes = []
-
-    def run(step: DecodeStep, host_lens: Any) -> Decoded:
-        size = next(size for size in step._sizes if size >= len(host_lens))
-        whole = step._forward(size, None, False)
-        assert whole.tokens is not None
-        sizes.append((len(host_lens), size))
-        logits, positions, tokens = (x[: len(host_lens)] for x in (whole.logits, whole.positions, whole.tokens))
-        return Decoded(logits, positions, tokens)
-
+    expected, pool = reference("qwen3"), _Pool(most_rows)
     monkeypatch.setattr("worker.engine.engine.choose_backend", lambda *_: _Blind())
-    monkeypatch.setattr(DecodeStep, "run", run)
+    monkeypatch.setattr("worker.engine.engine.triton_obstacle", lambda _: None)
+    monkeypatch.setattr("worker.engine.engine.GraphPool", lambda _: pool)
     monkeypatch.setattr(RowState, "draw", lambda state, logits, rows, positions: torch.argmax(logits, dim=-1))
-    engine = Engine.start(settings_for(model_folder("qwen3"), lookahead=1))
+    # Without lookahead, since on a CPU a step's tokens lie where the next replay puts its own.
+    engine = Engine.start(settings_for(model_folder("qwen3"), lookahead=0, max_num_seqs=24))
+    sequences = [new_sequence(i, prompt, 40) for i, prompt in enumerate(expected.prompts)]
+    sequences[3] = msgspec.structs.replace(sequences[3], logprobs=2)  # drawn outside the graph, from its logits
 
-    outcome = drive(engine, [new_sequence(i, prompt, 40) for i, prompt in enumerate(expected.prompts)])
+    outcome = drive(engine, sequences)
 
-    assert any(num < size for num, size in sizes)
     assert_equal_where_decided([outcome.outputs[i] for i in range(len(expected.prompts))], expected)
+    assert len(b"".join(outcome.logprobs[3])) == 40 * 4 * (1 + 2 * 2)
+    num_replays = {size: graph.num_replays for size, graph in pool.graphs.items()}
+    assert list(num_replays) == [size for size in reversed(graph_sizes(24)) if size <= most_rows]
+    telemetry = engine.telemetry
+    assert telemetry.num_captured == sum(num_replays.values())
+    assert 0 < sum(num_replays.values()) < telemetry.num_steps if num_replays else telemetry.num_captured == 0
+    assert (telemetry.num_padding > 0) == (most_rows == 1000)
+    told = [line for line in caplog.messages if "the memory has no room for" in line]
+    assert len(told) == (most_rows < 1000)
+    assert all(f"decode of more than {most_rows} rows" in line for line in told)
 
 
 class _Checking(_Blind):

@@ -58,6 +58,28 @@ def test_a_step_that_is_too_large_is_halved_and_everybody_gets_the_same_tokens(
     assert max(sizes) <= 40
 
 
+def test_fewer_sequences_run_when_one_token_of_each_is_too_much(
+    model_folder: Callable[[str], Path], reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = reference("llama")
+    sequences = [new_sequence(i, prompt, 8) for i, prompt in enumerate(expected.prompts[:10])]
+    engine = Engine.start(settings_for(model_folder("llama"), max_num_seqs=8, admission="auto"))
+    launch, sizes = engine.runner.launch, []
+
+    def launch_or_fail(plan: StepPlan) -> StepHandle:
+        if plan.num_scheduled_tokens > 3:
+            raise torch.OutOfMemoryError("as if it were")
+        sizes.append(len(plan.sequences))
+        return launch(plan)
+
+    monkeypatch.setattr(engine.runner, "launch", launch_or_fail)
+
+    run = drive(engine, sequences)
+
+    assert [run.outputs[i] for i in range(10)] == [output[:8] for output in expected.outputs[:10]]
+    assert 1 < max(sizes) <= 3
+
+
 def test_a_rectangle_that_is_too_large_starts_again_with_fewer_rows_and_everybody_gets_the_same_tokens(
     model_folder: Callable[[str], Path], reference: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:

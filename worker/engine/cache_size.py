@@ -133,7 +133,7 @@ def _tokens_each(loaded: LoadedModel, limits: Limits) -> int:
 
 
 def _measure(loaded: LoadedModel, limits: Limits, scheduler: Scheduler | PaddedScheduler, runner: Runner) -> int:
-    """Bytes at the height of a full step."""
+    """Bytes at the height of a full step. Raises ConfigurationError when there is no room for one."""
     num_each = _tokens_each(loaded, limits)
     for i in range(limits.max_num_seqs):
         prompt = np.zeros(num_each, dtype=np.int32)
@@ -151,7 +151,13 @@ def _measure(loaded: LoadedModel, limits: Limits, scheduler: Scheduler | PaddedS
     assert plan is not None
     plan.new_blocks = [(row, i, 0) for row, i, _ in plan.new_blocks]  # what they read does not matter, and it fits
     torch.cuda.reset_peak_memory_stats(loaded.device)
-    runner.launch(plan).wait()
+    try:
+        runner.launch(plan).wait()
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(
+            f"the memory has no room for a step of {limits.max_batch_tokens} tokens of {limits.max_num_seqs} Sequences "
+            "beside the model: lower engine.max_batch_tokens or engine.max_num_seqs, or raise engine.memory_fraction"
+        ) from error
     peak = torch.cuda.max_memory_allocated(loaded.device)
     torch.cuda.empty_cache()
     return peak

@@ -2,16 +2,15 @@
 
 Nothing in it depends on the host but the number of rows, so on CUDA it is captured as a graph, lm_head and sampler
 included, once for each of a list of sizes; a step of fewer rows is filled up with rows of nobody. Where it is not
-captured the same code runs as it is, with exactly the rows there are.
+captured, or no graph of its size found room, the same code runs as it is, with exactly the rows there are.
 
 Letters: D rows, V vocabulary, M blocks per table, X groups with a common prefix, P members of the largest.
 """
 
 import logging
 import time
-from bisect import bisect_left
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,8 @@ from torch import Tensor
 from batching.shared_prefixes import MAX_MEMBERS, PrefixTiles
 from worker.engine import attention
 from worker.engine.attention import AttentionBackend, AttentionStep
+from worker.engine.compiling import uncompiled
+from worker.engine.graph_pool import Graph, GraphPool
 from worker.engine.kernels.prefix_groups import PrefixGroups
 from worker.engine.kv_cache import KVCache
 from worker.engine.loader import LoadedModel
@@ -40,12 +41,13 @@ class Decoded:
     positions: Tensor  # (D,) int64
     tokens: Tensor | None  # (D,) int64, None where the caller is to sample
     num_padding: int = 0  # rows that were computed for nobody
+    is_captured: bool = False  # replayed from a graph
 
 
 @dataclass(frozen=True, slots=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    decoded: Decoded
+class _Captured:
+    graph: Graph
+    decoded: Decoded  # of all its rows, once it is replayed
 
 
 def graph_sizes(num_rows: int) -> list[int]:
@@ -73,14 +75,13 @@ class DecodeStep:
         backend: AttentionBackend,
         cache: KVCache,
         state: RowState,
-        *,
-        is_captured: bool,
+        graphs: GraphPool | None = None,
     ) -> None:
+        """`graphs` is where `capture` takes the memory from; without it nothing is captured."""
         self._loaded = loaded
         self._backend = backend
         self._cache = cache
         self._state = state
-        self.is_captured = is_captured
         self._sizes = graph_sizes(state.nobody)
         self._sharing_sizes = sharing_sizes(self._sizes) if backend.shares_prefixes else []
         most, device = self._sizes[-1], loaded.device
@@ -93,11 +94,15 @@ class DecodeStep:
         )
         self._is_sharing = False
         self._last_tiles: PrefixTiles | None = None
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
-        self._pool: Any = torch.cuda.graph_pool_handle() if is_captured else None  # memory that all graphs share
-        self._stream = torch.cuda.Stream(loaded.device) if is_captured else None  # type: ignore[no-untyped-call]
+        self._pool = graphs
+        self._captured: dict[bool, dict[int, _Captured]] = {False: {}, True: {}}  # by size, the smallest first
         no_rows = torch.zeros(1, dtype=torch.int32, device=loaded.device)
         self._no_prefill = (torch.zeros(0, state.max_blocks, dtype=torch.int32, device=loaded.device), no_rows, no_rows)
+
+    @property
+    def is_captured(self) -> bool:
+        """A step needs nothing of the host but what `arrays` gives, and draws its tokens itself."""
+        return self._pool is not None
 
     def arrays(self, rows: npt.NDArray[np.int64], tiles: PrefixTiles | None) -> dict[str, npt.NDArray[np.int64]]:
         """What the device does not know yet of the rows (D,) of the next step, and of what they share."""
@@ -131,43 +136,51 @@ class DecodeStep:
         num_rows, is_sharing = len(host_lens), self._is_sharing
         if not self.is_captured:
             return self._forward(num_rows, host_lens, is_sharing)
-        sizes = self._sharing_sizes if is_sharing else self._sizes
-        size = sizes[bisect_left(sizes, num_rows)]
-        found = self._graphs[size, is_sharing]
-        found.graph.replay()
-        whole = found.decoded
+        captured = self._captured[is_sharing]
+        size = next((size for size in captured if size >= num_rows), None)
+        if size is None:
+            return self._forward(num_rows, None, is_sharing)
+        captured[size].graph.replay()
+        whole = captured[size].decoded
         assert whole.tokens is not None
         logits, positions, tokens = (x[:num_rows] for x in (whole.logits, whole.positions, whole.tokens))
-        return Decoded(logits, positions, tokens, size - num_rows)
+        return Decoded(logits, positions, tokens, size - num_rows, is_captured=True)
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """All sizes, the largest first, so that the others find room in its memory. Leaves no trace in any row."""
+        """All sizes, the largest first, so that the others find room in its memory; those that find none are left out.
+
+        Leaves no trace in any row.
+        """
+        assert self._pool is not None
         started = time.perf_counter()
         for is_sharing, sizes in ((False, self._sizes), (True, self._sharing_sizes)):
+            found: dict[int, _Captured] = {}
             for size in reversed(sizes):
-                self._graphs[size, is_sharing] = self._capture(size, is_sharing)
+                captured = self._pool.capture(partial(self._forward, size, None, is_sharing))
+                if captured is not None:
+                    graph, decoded = captured
+                    found[size] = _Captured(graph, replace(decoded, logits=_borrowed(decoded.logits)))
+            self._captured[is_sharing] = dict(sorted(found.items()))
         seconds = time.perf_counter() - started
-        log.info("decode captured in %d graphs up to %d rows in %.1f s", len(self._graphs), self._sizes[-1], seconds)
+        num_graphs = sum(map(len, self._captured.values()))
+        log.info("decode captured in %d graphs up to %d rows in %.1f s", num_graphs, self._largest(False), seconds)
+        if num_missing := len(self._sizes) + len(self._sharing_sizes) - num_graphs:
+            log.warning(
+                "the memory has no room for %d more graphs: decode of more than %d rows, or %d with a common prefix, "
+                "runs without one, slower; lower engine.kv_tokens or engine.max_num_seqs",
+                num_missing,
+                self._largest(False),
+                self._largest(True),
+            )
 
     @torch.inference_mode()
     def rehearse(self) -> None:
         """The largest step once, uncaptured, with rows of nobody: kernels are built, and memory is seen to suffice."""
         self._forward(self._sizes[-1], None, bool(self._sharing_sizes))
 
-    def _capture(self, size: int, is_sharing: bool) -> _Graph:
-        """torch.cuda.graph would collect garbage around each of them, which takes longer than the rest."""
-        assert self._stream is not None
-        self._forward(size, None, is_sharing)  # what is built or chosen at first use must not be within
-        torch.cuda.synchronize(self._loaded.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                decoded = self._forward(size, None, is_sharing)
-            finally:
-                graph.capture_end()
-        return _Graph(graph, Decoded(_borrowed(decoded.logits), decoded.positions, decoded.tokens))
+    def _largest(self, is_sharing: bool) -> int:
+        return max(self._captured[is_sharing], default=0)
 
     def _forward(self, num_rows: int, host_lens: npt.NDArray[np.int64] | None, is_sharing: bool) -> Decoded:
         """`host_lens` is None for a step that asks the host nothing, and samples by itself."""
@@ -195,7 +208,7 @@ class DecodeStep:
             kv_lens=none,
             prefixes=prefixes if is_sharing else None,
         )
-        with attention.running(step):
+        with attention.running(step), uncompiled(num_rows == 1):
             logits = self._loaded.model(
                 input_ids=state.last_token[rows].unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False
             ).logits[0]

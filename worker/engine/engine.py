@@ -17,6 +17,7 @@ from protocol.frames import EngineReady, NewSequence, StepFrame, TokenScores
 from protocol.settings import EngineSettings
 from worker.engine.attention import choose_backend
 from worker.engine.cache_size import new_padded_scheduler, new_scheduler, num_cache_blocks, num_padded_tokens
+from worker.engine.graph_pool import GraphPool
 from worker.engine.kernels.obstacle import triton_obstacle
 from worker.engine.limits import check_limits, step_limits
 from worker.engine.loader import LoadedModel, load_model
@@ -65,9 +66,8 @@ class Engine:
             has_kernels = triton_obstacle(loaded.device) is None
             is_captured = settings.graphs and has_kernels and backend.is_capturable
             num_blocks = num_cache_blocks(loaded, settings, limits, backend, is_captured=is_captured)
-            self.runner = Runner(
-                loaded, backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks, is_captured=is_captured
-            )
+            graphs = GraphPool(loaded.device) if is_captured else None
+            self.runner = Runner(loaded, backend, max_num_seqs=max_num_seqs, num_blocks=num_blocks, graphs=graphs)
             if is_captured:
                 self.runner.decode.capture()
             self.scheduler = new_scheduler(loaded, settings, limits, num_blocks, backend.block_size)
@@ -76,7 +76,7 @@ class Engine:
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._refused: list[tuple[int, str]] = []
         self._num_reported_preemptions = 0
-        least = _LEAST_COLUMNS if isinstance(self.scheduler, PaddedScheduler) else self.scheduler.max_num_seqs
+        least = _LEAST_COLUMNS if isinstance(self.scheduler, PaddedScheduler) else 1
         self._budget = TokenBudget(self.scheduler.max_batch_tokens, least)
         self._failed: list[StepPlan] = []  # launched in vain for lack of memory
         log.info(

@@ -22,6 +22,7 @@ from worker.engine.adjustments import Adjustments
 from worker.engine.attention import AttentionBackend, AttentionStep
 from worker.engine.compiling import uncompiled
 from worker.engine.decode_step import DecodeStep, prefix_arrays
+from worker.engine.graph_pool import GraphPool
 from worker.engine.kernels.prefix_groups import PrefixGroups
 from worker.engine.kv_cache import KVCache
 from worker.engine.loader import LoadedModel
@@ -58,6 +59,7 @@ class Forward:
     places: Tensor | None = None  # (T,) of the tokens in the model's input; None: in the same order
     tokens: Tensor | None = None  # (K,) where the pass has drawn them, as rows without further wishes have them drawn
     num_padding: int = 0  # rows that were nobody's
+    is_captured: bool = False  # replayed from a graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +88,14 @@ class Runner:
         *,
         max_num_seqs: int,
         num_blocks: int,
-        is_captured: bool = False,
+        graphs: GraphPool | None = None,
     ) -> None:
         self._start(loaded, max_num_seqs, -(-loaded.max_model_len // backend.block_size))
         self.backend = backend
         # A block more, for what rows of nobody write.
         self.cache = KVCache(loaded.layers, num_blocks + 1, backend.block_size, loaded.device, loaded.dtype)
         self.state.block_table[self.state.nobody] = num_blocks
-        self.decode = DecodeStep(loaded, backend, self.cache, self.state, is_captured=is_captured)
+        self.decode = DecodeStep(loaded, backend, self.cache, self.state, graphs)
 
     def _start(self, loaded: LoadedModel, num_rows: int, max_blocks: int) -> None:
         """What sampling and scoring need, whatever the layout."""
@@ -140,7 +142,13 @@ class Runner:
         if plan.is_decode_only:
             self.decode.update(sent)
             decoded = self.decode.run(layout.kv_lens)
-            return Forward(decoded.logits, decoded.positions, tokens=decoded.tokens, num_padding=decoded.num_padding)
+            return Forward(
+                decoded.logits,
+                decoded.positions,
+                tokens=decoded.tokens,
+                num_padding=decoded.num_padding,
+                is_captured=decoded.is_captured,
+            )
         rows, num_decode = sent["rows"], layout.num_decode
         decode_rows = rows[:num_decode]
         token_ids = torch.cat((self.state.last_token[decode_rows], sent["prefill_token_ids"]))  # (T,)
@@ -277,4 +285,4 @@ class Runner:
             scores = None if scores is None else scores.to_host()
             logprobs = None if logprobs is None else logprobs.to_host()
             done = torch.cuda.current_stream(self.device).record_event()
-        return StepHandle(tokens, done, scores, logprobs, forward.tokens is not None, forward.num_padding)
+        return StepHandle(tokens, done, scores, logprobs, forward.is_captured, forward.num_padding)
