@@ -1,6 +1,7 @@
 """Writes docs/settings.md and docs/cli.md from the code, so that what they say is said once: `make docs`."""
 
 import ast
+import importlib
 import inspect
 import sys
 from collections.abc import Iterator
@@ -109,10 +110,19 @@ def _cli_page() -> str:
         "Exit codes: 0 done, 1 an error (one line on stderr, with the way out), 2 a command that cannot be understood,",
         "130 stopped by Ctrl-C or SIGTERM.",
     ]
-    for arguments in ((), *((name,) for name in COMMANDS)):
+    for arguments in _commands():
         title = " ".join(["millrace", *arguments])
         lines += ["", f"## {title}", "", "```", f"$ {title} --help", _help(*arguments).rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _commands() -> Iterator[tuple[str, ...]]:
+    """Each with what is under it."""
+    yield ()
+    for name in COMMANDS:
+        yield (name,)
+        command = importlib.import_module(f"cli.{name.replace('-', '_')}").command
+        yield from ((name, below) for below in getattr(command, "commands", ()))
 
 
 def _help(*arguments: str) -> str:
