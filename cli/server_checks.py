@@ -134,7 +134,8 @@ def _check_ledger(ledger: Any) -> Iterator[Finding]:
 
 
 def _skew(skew_s: float) -> Finding:
-    facts = f"the database's is {skew_s:+.1f} s from this machine's"
+    shown = round(skew_s, 1) or 0.0  # never -0.0
+    facts = f"the database's is {shown:+.1f} s from this machine's"
     if abs(skew_s) > _MAX_SKEW_S:
         return warning("clock", facts, "let both machines follow the same time server (NTP)")
     return ok("clock", facts)
@@ -155,7 +156,8 @@ def check_workers(settings: Settings) -> Iterator[Finding]:
     if names is None:
         yield failed("workers", "nobody can be asked without Redis")
     elif names:
-        yield ok("workers", f"{len(names)} answer{'s' * (len(names) == 1)}: {', '.join(names)}")
+        answering = "1 worker answers" if len(names) == 1 else f"{len(names)} workers answer"
+        yield ok("workers", f"{answering}: {', '.join(names)}")
     else:
         way_out = "start one with `millrace worker`; what is submitted meanwhile waits in the database"
         yield warning("workers", "none answers", way_out)
