@@ -1,7 +1,9 @@
-"""Interrupts: SIGINT and SIGTERM as a KeyboardInterrupt that cannot get lost."""
+"""Interrupts: SIGINT, SIGTERM and SIGHUP as a KeyboardInterrupt that cannot get lost."""
 
 import signal
 from types import FrameType, TracebackType
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
@@ -15,8 +17,9 @@ class Interrupts:
         self._is_pending = False
 
     def __enter__(self) -> "Interrupts":
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # A shell that starts this in the background has it ignore Ctrl-C, which is then meant for others.
+        handlers = {number: signal.getsignal(number) for number in _NUMBERS}
+        # A shell that starts this in the background has it ignore Ctrl-C, which is then meant for others; nohup has
+        # it outlive its terminal.
         self._before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
         for number in self._before:
             signal.signal(number, self._interrupt)

@@ -24,8 +24,8 @@ class Unlucky:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_either_signal_interrupts(number: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_each_signal_interrupts(number: int) -> None:
     with pytest.raises(KeyboardInterrupt), Interrupts():
         os.kill(os.getpid(), number)
 
@@ -40,14 +40,17 @@ def test_a_signal_that_python_dropped_is_raised_at_the_next_check() -> None:
 
 
 def test_the_handlers_are_what_they_were_afterwards() -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     with Interrupts():
         pass
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_an_ignored_interrupt_stays_ignored() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_ignored_interrupt_stays_ignored(number: int) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
     with Interrupts() as interrupts:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         interrupts.check()
+    signal.signal(number, before)
