@@ -35,6 +35,8 @@ def list_command(job: str | None, as_json: bool) -> None:
 
     with Client() as client:
         letters = client.dead_letters(job)
+    if not letters and not as_json:
+        click.echo("there are no dead letters" + ("" if job is None else f" of the Job {job}"), err=True)
     for letter in letters:
         if as_json:
             click.echo(msgspec.json.encode(letter))

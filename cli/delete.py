@@ -23,12 +23,13 @@ def command(jobs: tuple[str, ...], force: bool, as_json: bool) -> None:
     from producer.client import Client
 
     with Client() as client, LiveLine() as line:
-        for job in jobs:
+        # All are found before any goes; one that is named twice goes once.
+        for job in {job.id: job for job in map(client.find_to_delete, jobs)}.values():
             num_results = client.delete(
                 job, force=force, on_progress=lambda number: line.show(lambda: f"{number:,} results deleted")
             )
             line.clear()
             if as_json:
-                click.echo(msgspec.json.encode({"job": job, "num_results": num_results}))
+                click.echo(msgspec.json.encode({"id": job.id, "num_results": num_results}))
             else:
-                click.echo(f"deleted the Job {job} with {num_results:,} result{'s' * (num_results != 1)}")
+                click.echo(f"deleted the Job {job.id} with {num_results:,} result{'s' * (num_results != 1)}")

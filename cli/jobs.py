@@ -23,6 +23,8 @@ def command(as_json: bool, limit: int) -> None:
 
     with Client() as client:
         statuses = [client.status(each) for each in client.jobs(limit)]
+    if not statuses and not as_json:
+        click.echo("there are no Jobs: `millrace submit FILE` makes one", err=True)
     for status in statuses:
         if as_json:
             click.echo(msgspec.json.encode(as_json_object(status)))

@@ -39,7 +39,7 @@ def command(job: str, files: tuple[Path, ...], as_json: bool) -> None:
         checked = check_files(files, client.results(found, wait=False)) if files else None
     holds = verification.holds and (checked is None or checked.holds)
     if as_json:
-        report: dict[str, Any] = {"job": found.id, "holds": holds, **msgspec.to_builtins(verification)}
+        report: dict[str, Any] = {"id": found.id, "holds": holds, **msgspec.to_builtins(verification)}
         if checked is not None:
             report["file"] = msgspec.to_builtins(checked)
         click.echo(msgspec.json.encode(report))

@@ -335,7 +335,7 @@ class Client:
         an interruption the same call goes on. The answers that the Job brought stay known: they are nobody's, and go
         when they are pruned. Raises JobNotEnded and JobNotFound.
         """
-        job_id = job.id if isinstance(job, Job) else find_job_to_delete(self._ledger, job, self.settings.tenant).id
+        job_id = job.id if isinstance(job, Job) else self.find_to_delete(job).id
         if force:
             with contextlib.suppress(JobNotFound):  # where an earlier deletion was interrupted
                 cancel_job(self._ledger, job_id)
@@ -344,6 +344,10 @@ class Client:
         )
         self._landings.publish({job_id: ()})
         return num_results
+
+    def find_to_delete(self, name: str) -> Job:
+        """As `find`, or else a Job whose deletion was interrupted. Raises JobNotFound."""
+        return find_job_to_delete(self._ledger, name, self.settings.tenant)
 
     def verify(self, job: Job | str) -> Verification:
         """Read all the Job's Results again, and compare them with what it was closed with. Raises JobNotFound."""

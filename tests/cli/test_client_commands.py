@@ -247,6 +247,19 @@ def test_jobs_lists_the_newest(here: Invoke) -> None:
     assert len(here("jobs", "--limit", "1").stdout.splitlines()) == 1
 
 
+def test_lists_of_nothing_say_so_on_stderr(here: Invoke) -> None:
+    jobs, letters = here("jobs"), here("dead-letters", "list")
+
+    assert (jobs.exit_code, jobs.stdout, jobs.stderr) == (
+        0,
+        "",
+        "there are no Jobs: `millrace submit FILE` makes one\n",
+    )
+    assert (letters.exit_code, letters.stdout, letters.stderr) == (0, "", "there are no dead letters\n")
+    for command in (["jobs"], ["dead-letters", "list"]):
+        assert here(*command, "--json").output == ""
+
+
 def test_unknown_job_is_one_line_on_stderr(here: Invoke) -> None:
     for command in ("status", "results", "cancel", "delete"):
         result = here(command, "nothing")
@@ -305,7 +318,8 @@ def test_a_stopped_command_leaves_no_half_of_a_file(
     job = here("submit", "prompts.jsonl").stdout.strip()
     answer()
     before = sorted(os.listdir())
-    monkeypatch.setattr("cli.output.Output.write", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    stopping = iter((signal.SIGTERM, signal.SIGHUP))
+    monkeypatch.setattr("cli.output.Output.write", lambda *_: os.kill(os.getpid(), next(stopping)))
 
     for command in (["results", job], ["submit", "prompts.jsonl", "--wait"]):
         assert here(*command, "-o", "results.jsonl").exit_code == 130
@@ -321,15 +335,16 @@ def test_places_for_results_need_a_wait_for_them(here: Invoke) -> None:
 
 def test_delete_refuses_what_runs_unless_forced(here: Invoke, answer: Callable[[], None]) -> None:
     job_id = here("submit", "prompts.jsonl", "--job", "first").stdout.strip()
-    here("submit", "prompts.jsonl", "--job", "second")
+    second = here("submit", "prompts.jsonl", "--job", "second").stdout.strip()
     answer()
 
     refused = here("delete", "second")
     assert refused.exit_code == 1
     assert refused.stderr.endswith("is running: cancel it first, or wait for its end\n")
-    done = here("delete", job_id)
+    assert here("delete", "first", "nothing").exit_code == 1
+    done = here("delete", "first", job_id)
     assert (done.exit_code, done.stdout, done.stderr) == (0, f"deleted the Job {job_id} with 3 results\n", "")
-    assert json.loads(here("delete", "second", "--force", "--json").stdout) == {"job": "second", "num_results": 1}
+    assert json.loads(here("delete", "second", "--force", "--json").stdout) == {"id": second, "num_results": 1}
     assert here("jobs").stdout == ""
     assert here("delete", "second").exit_code == 1
 
