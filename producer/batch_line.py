@@ -9,6 +9,7 @@ from protocol.reading.fields import (
     UNSUPPORTED,
     LineHead,
     check_model,
+    quoted,
     read_prompt,
     refuse_field,
     type_name,
@@ -31,16 +32,18 @@ def read_envelope(fields: Mapping[str, Any]) -> Endpoint:
     """The endpoint the line is for. Raises InvalidRequest."""
     for name in fields:
         if name not in _BATCH_FIELDS:
-            raise InvalidRequest("unknown_field", f"{name!r} is not a field of a batch line")
+            raise InvalidRequest("unknown_field", f"{quoted(name)} is not a field of a batch line")
     url, method = fields.get("url"), fields.get("method", "POST")
     if url is None:
         raise InvalidRequest("missing_field", f"a batch line needs url: one of {', '.join(_CONTENT_FIELD)}")
     if method != "POST":
-        raise InvalidRequest("unsupported_url", f"method {method!r} is not supported: it must be POST")
+        raise InvalidRequest("unsupported_url", f"method {quoted(method)} is not supported: it must be POST")
     for endpoint in _CONTENT_FIELD:
         if url == endpoint:
             return endpoint
-    raise InvalidRequest("unsupported_url", f"url {url!r} is not supported: use one of {', '.join(_CONTENT_FIELD)}")
+    raise InvalidRequest(
+        "unsupported_url", f"url {quoted(url)} is not supported: use one of {', '.join(_CONTENT_FIELD)}"
+    )
 
 
 def read_body(body: object, head: LineHead, endpoint: Endpoint) -> Request:

@@ -64,7 +64,7 @@ def _with_argument(kind: Kind, args: Sequence[Any], fields: dict[str, Any]) -> d
         raise InvalidRequest(
             "invalid_type", f"{task} takes one argument by position, not {len(args)}: give the others by keyword"
         )
-    texts = _earlier_texts(args[0])
+    texts = _earlier_texts(args[0], task)
     given = [name for name in _CONTENT[kind] if name in fields]
     if texts is None:
         if given:
@@ -84,15 +84,21 @@ def _are_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _earlier_texts(value: Any) -> list[str] | None:
-    """Of what earlier tasks returned; None when this is no such thing."""
+def _earlier_texts(value: Any, task: str) -> list[str] | None:
+    """Of what earlier tasks returned, for this one; None when this is no such thing."""
     replies = value if isinstance(value, list | tuple) and value else [value]
     if not all(isinstance(reply, dict) and "text" in reply and "usage" in reply for reply in replies):
         return None
-    texts = [sample.get("text") for reply in replies for sample in reply.get("samples") or [reply]]
-    if not all(isinstance(text, str) for text in texts):
-        raise InvalidRequest("invalid_type", "the task before this one has no text to go on with")
-    return texts
+    samples = [sample for reply in replies for sample in reply.get("samples") or [reply]]
+    for sample in samples:
+        if "embedding" in sample or not isinstance(sample.get("text"), str):
+            came = next((what for what in ("embedding", "score") if what in sample), "answer")
+            raise InvalidRequest(
+                "invalid_type",
+                f"the task before this one returned no text (its {came} has none): {task} goes on with what "
+                "millrace.generate or millrace.classify returned",
+            )
+    return [sample["text"] for sample in samples]
 
 
 def _filled(value: Any, text: str) -> Any:

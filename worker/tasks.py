@@ -14,7 +14,7 @@ from worker.quiet_request import QuietRequest
 def register_tasks(app: Celery, parts: PoolParts, kinds: Collection[Kind]) -> None:
     """`kinds` are what this worker's model can be called for."""
 
-    def outcome(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def outcome(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         found = parts.outcomes[self.request.id]
         if isinstance(found, Exception):
             raise found

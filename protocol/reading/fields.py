@@ -1,5 +1,9 @@
-"""Fields that several kinds of lines have, each checked: what is wrong is an InvalidRequest that names it."""
+"""Fields that several kinds of lines have, each checked: what is wrong is an InvalidRequest that names it.
 
+Messages quote names and numbers. Whatever else stands in the wrong place may be somebody's prompt.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -37,6 +41,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
+#: Of fields, kinds, formats and URLs; no sentence is one.
+_NAME = re.compile(r"[A-Za-z0-9_./-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +135,14 @@ def refuse_field(name: str) -> NoReturn:
     """Of a field that has no meaning where it stands."""
     if name in UNSUPPORTED:
         raise InvalidRequest("unsupported_parameter", f"{name} is not supported: leave it out")
-    raise InvalidRequest("unknown_field", f"{name!r} is not a known field")
+    raise InvalidRequest("unknown_field", f"{quoted(name)} is not a known field")
+
+
+def quoted(value: object) -> str:
+    """How messages show what was given: a name or a number as it is, of anything else what it is."""
+    if isinstance(value, str):
+        return repr(value) if _NAME.fullmatch(value) else f"<{len(value)} characters>"
+    return repr(value) if isinstance(value, bool | int | float) else f"<{type_name(value)}>"
 
 
 def type_name(value: object) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from protocol.errors import InvalidRequest
-from protocol.reading.fields import CARRIED_FIELDS, LineHead, check_model, read_prompt, refuse_field
+from protocol.reading.fields import CARRIED_FIELDS, LineHead, check_model, quoted, read_prompt, refuse_field
 from protocol.reading.messages import read_messages
 from protocol.reading.parameters import PARAMETERS, read_params, with_logprobs
 from protocol.requests import Kind, Request
@@ -19,7 +19,7 @@ def read_plain(fields: Mapping[str, Any], head: LineHead) -> Request:
             refuse_field(name)
     if fields.get("kind") not in (None, "generate"):
         raise InvalidRequest(
-            "invalid_parameter", f"kind={fields['kind']!r} is unknown: it is one of {', '.join(get_args(Kind))}"
+            "invalid_parameter", f"kind={quoted(fields['kind'])} is unknown: it is one of {', '.join(get_args(Kind))}"
         )
     check_model(fields.get("model"), head.model_names)
     prompt, messages = fields.get("prompt"), fields.get("messages")

@@ -10,6 +10,7 @@ from protocol.reading.fields import (
     UNSUPPORTED,
     LineHead,
     check_model,
+    quoted,
     read_prompt,
     refuse_field,
 )
@@ -30,7 +31,9 @@ def read_pooled(fields: Mapping[str, Any], head: LineHead, endpoint: Endpoint = 
     """Of a plain line, or of the body of a batch line. Raises InvalidRequest."""
     kind: Kind = KIND_OF_ENDPOINT.get(endpoint) or fields.get("kind") or "embed"
     if kind not in POOLED_KINDS:
-        raise InvalidRequest("invalid_parameter", f"kind={kind!r} does not go with input: it is embed or classify")
+        raise InvalidRequest(
+            "invalid_parameter", f"kind={quoted(kind)} does not go with input: it is embed or classify"
+        )
     own = _PLAIN_FIELDS if endpoint == "plain" else IGNORED_FIELDS
     for name, value in fields.items():
         if name in ("input", "model") or name in own or (name in _EMBED_FIELDS and kind == "embed"):
@@ -39,7 +42,7 @@ def read_pooled(fields: Mapping[str, Any], head: LineHead, endpoint: Endpoint = 
             if value is not None:
                 raise InvalidRequest("unsupported_parameter", f"{name} means nothing for kind {kind}: leave it out")
         elif name not in UNSUPPORTED:
-            raise InvalidRequest("unknown_field", f"{name!r} is not a field of kind {kind}, which needs input")
+            raise InvalidRequest("unknown_field", f"{quoted(name)} is not a field of kind {kind}, which needs input")
         elif value is not None:
             refuse_field(name)
     check_model(fields.get("model"), head.model_names)
@@ -78,7 +81,9 @@ def _input(
 def _dimensions(value: object) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_TOKEN_COUNT):
         return value
-    raise InvalidRequest("invalid_parameter", f"dimensions={value!r} is out of range: it must be a number from 1 on")
+    raise InvalidRequest(
+        "invalid_parameter", f"dimensions={quoted(value)} is out of range: it must be a number from 1 on"
+    )
 
 
 def _encoding_format(value: object) -> EncodingFormat:
@@ -86,4 +91,4 @@ def _encoding_format(value: object) -> EncodingFormat:
         return "float"
     if value == "base64":
         return "base64"
-    raise InvalidRequest("invalid_parameter", f"encoding_format={value!r} is unknown: it is float or base64")
+    raise InvalidRequest("invalid_parameter", f"encoding_format={quoted(value)} is unknown: it is float or base64")

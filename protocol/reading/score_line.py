@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from protocol.errors import InvalidRequest
-from protocol.reading.fields import CARRIED_FIELDS, LineHead, check_model, read_text
+from protocol.reading.fields import CARRIED_FIELDS, LineHead, check_model, quoted, read_text
 from protocol.reading.parameters import PARAMETERS, read_params
 from protocol.requests import Request
 
@@ -21,7 +21,7 @@ def read_score(fields: Mapping[str, Any], head: LineHead) -> Request:
             if value is not None:
                 raise InvalidRequest("unsupported_parameter", f"{name} means nothing for a score: leave it out")
         elif name not in _FIELDS and name != _PARAMETER:
-            raise InvalidRequest("unknown_field", f"{name!r} is not a field of a score")
+            raise InvalidRequest("unknown_field", f"{quoted(name)} is not a field of a score")
     if fields.get("kind") not in (None, "score"):
         raise InvalidRequest("invalid_parameter", "a continuation is for a score: leave kind out")
     check_model(fields.get("model"), head.model_names)

@@ -149,11 +149,13 @@ def test_a_text_is_scored(app: Celery) -> None:
         ({}, "missing_field: prompt or messages is missing"),
         ({"prompt": MARKER, "max_tokens": -1}, "invalid_parameter: max_tokens=-1 is out of range: it must be between"),
         ({"prompt": MARKER, "max_token": 1}, "unknown_field: 'max_token' is not a known field"),
+        ({"prompt": MARKER, "self": 1}, "unknown_field: 'self' is not a known field"),
         ({"prompt": MARKER, "stop": ["", MARKER]}, "invalid_parameter: stop=.* is out of range"),
         ({"prompt": f"{MARKER} " * 400}, "prompt_too_long: the prompt has .* tokens; this engine holds 512"),
         ({"prompt": {MARKER: MARKER}}, "invalid_type: prompt must be a string or token ids"),
         ({"prompt": MARKER, "model": MARKER}, "unknown_model: .* this worker's, which is 'tiny'"),
         ({"messages": [{"role": MARKER}]}, "missing_field: messages.0. needs content"),
+        ({"messages": [{MARKER: MARKER}]}, "messages.0. has a field beside role and content, which is not supported"),
     ],
 )
 def test_a_callers_mistake_is_raised_with_what_is_wrong(app: Celery, kwargs: dict[str, Any], message: str) -> None:

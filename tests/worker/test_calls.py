@@ -153,7 +153,8 @@ def test_content_comes_by_position_by_keyword_or_from_the_task_before() -> None:
     [
         (("a", "b"), {}, "invalid_type"),
         (("a",), {"prompt": "b"}, "invalid_parameter"),
-        (({"text": None, "usage": {}},), {}, "invalid_type"),
+        (({"text": None, "usage": {}, "score": {}},), {}, "invalid_type"),
+        (("a",), {"self": "b"}, "unknown_field"),
         (("a",), {"kind": "score"}, "invalid_parameter"),
         (("a",), {"model": "other"}, "unknown_model"),
         (("a",), {"max_tokens": "many"}, "invalid_type"),
@@ -165,9 +166,30 @@ def test_what_is_no_request_is_refused(args: tuple[Any, ...], kwargs: dict[str, 
     assert refused.value.code == code
 
 
-def test_a_refusal_quotes_no_words_of_the_caller() -> None:
-    with pytest.raises(InvalidRequest, match="dimensions=<6 characters> is out of range"):
-        read_call("embed", ("a",), {"dimensions": "secret"}, ["tiny"])
+def test_an_embedding_is_nothing_to_go_on_with_and_the_error_says_so() -> None:
+    """An embedding's text is empty: the caller was told that the prompt he never wrote was."""
+    with pytest.raises(InvalidRequest) as refused:
+        read_call("generate", ({"text": "", "usage": {}, "embedding": [0.5]},), {}, ["tiny"])
+    assert refused.value.message == (
+        "the task before this one returned no text (its embedding has none): millrace.generate goes on with what "
+        "millrace.generate or millrace.classify returned"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs"),
+    [
+        ("embed", {"dimensions": "secret"}),
+        ("embed", {"encoding_format": ["my secret"]}),
+        ("generate", {"my secret": 1}),
+        ("generate", {"messages": [{"role": "user", "content": "a", "secret": 1}]}),
+        ("generate", {"messages": [{"role": "user", "content": [{"type": {"secret": 1}}]}]}),
+    ],
+)
+def test_a_refusal_quotes_no_words_of_the_caller(kind: Kind, kwargs: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        read_call(kind, () if "messages" in kwargs else ("a",), kwargs, ["tiny"])
+    assert "secret" not in refused.value.message
 
 
 def test_replies_are_counts_to_all_but_the_caller() -> None:
