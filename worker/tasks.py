@@ -3,12 +3,19 @@
 from collections.abc import Collection
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
 
 from protocol.celery_app import CALL_TASKS, CHUNK_TASK
 from protocol.requests import Kind
 from worker.pool import PoolParts
 from worker.quiet_request import QuietRequest
+
+
+class _AnyKeyword(Task):  # type: ignore[misc]  # celery has no types
+    """Celery's own `__call__` takes a caller's keyword `self` for the task."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
 
 
 def register_tasks(app: Celery, parts: PoolParts, kinds: Collection[Kind]) -> None:
@@ -28,6 +35,7 @@ def register_tasks(app: Celery, parts: PoolParts, kinds: Collection[Kind]) -> No
                 outcome,
                 name=name,
                 bind=True,
+                base=_AnyKeyword,
                 acks_late=True,
                 # What a caller or the engine did wrong is no error of this program's: no traceback in the log.
                 throws=(ValueError, RuntimeError),
