@@ -11,6 +11,9 @@ from typing import BinaryIO
 
 from protocol.errors import ConfigurationError
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+
 
 class ReplacedFile:
     """A context manager that gives the file to write to; what was there under `path` before is replaced at its end.
@@ -61,8 +64,15 @@ class ReplacedFile:
 
     def trouble(self, error: OSError) -> ConfigurationError:
         """The error to raise for one that came from writing."""
-        way_out = ": make room there or name another file; all Results are kept" if error.errno == errno.ENOSPC else ""
-        return ConfigurationError(f"cannot write the results to {self._path}: {error.strerror or error}{way_out}")
+        reason, way_out = error.strerror or str(error), "name another file"
+        if error.errno in _NO_ROOM:
+            way_out = "make room there or name another file; all Results are kept"
+        elif error.errno in _NO_PERMISSION:
+            way_out = "name a file where you may write"
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+            in_the_way = next((path for path in self._path.parents if path.exists() and not path.is_dir()), None)
+            reason = reason if in_the_way is None else f"{in_the_way} is a file, not a folder"
+        return ConfigurationError(f"cannot write the results to {self._path}: {reason}: {way_out}")
 
     def _discard(self) -> None:
         assert self._file is not None

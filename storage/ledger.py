@@ -29,6 +29,7 @@ _RETRY_DELAYS_S = (0.05, 0.2, 1.0)
 _SQLITE_MISCONFIGURED = {3, 8, 14, 23, 26}
 #: SQLite result codes of the world's trouble: BUSY, LOCKED, NOMEM, IOERR, FULL, PROTOCOL.
 _SQLITE_TROUBLE = {5, 6, 7, 10, 13, 15}
+_OTHER_FILE = "name a file in a folder where you may write"
 #: What PostgreSQL says to a login it will not accept: SQLSTATE 28P01, 28000 and 3D000. libpq hands no SQLSTATE on for
 #: a connection that failed, so the words must do; a server of another language is tried again for ever.
 _POSTGRES_MISCONFIGURED = re.compile(
@@ -74,7 +75,7 @@ class Ledger:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigurationError(
-                    f"cannot create the folder {self._file.parent} for the database: {error.strerror}"
+                    f"cannot create the folder {self._file.parent} for the database ({error.strerror}): {_OTHER_FILE}"
                 ) from error
         self.write(lambda connection: schema.migrate(connection, self._shown_url))
 
@@ -143,14 +144,18 @@ class Ledger:
             # The low byte is the primary code; a connect listener's error has none of SQLAlchemy's wrapping.
             code = getattr(cause, "sqlite_errorcode", 0) & 0xFF
             if code in _SQLITE_MISCONFIGURED and not is_proven:
-                return ConfigurationError(f"the database {self._file} cannot be used: {reason}")
+                way_out = _OTHER_FILE if code == sqlite3.SQLITE_NOTADB else f"let it be written to, or {_OTHER_FILE}"
+                return ConfigurationError(f"the database {self._file} cannot be used ({reason}): {way_out}")
             if code == sqlite3.SQLITE_FULL:
                 return DatabaseUnavailable(
                     f"the database {self._file} takes no more ({reason}): free some space on its disk; what is stored "
                     "stays, and the same command goes on"
                 )
             if code in _SQLITE_MISCONFIGURED | _SQLITE_TROUBLE:
-                return DatabaseUnavailable(f"the database {self._file} does not answer: {reason}")
+                return DatabaseUnavailable(
+                    f"the database {self._file} does not answer ({reason}): look at its disk, and for a process "
+                    "that keeps it locked; the same command goes on"
+                )
             return None
         is_trouble = isinstance(error, exc.TimeoutError | exc.OperationalError | exc.InterfaceError)
         if not is_trouble and not (isinstance(error, exc.DBAPIError) and error.connection_invalidated):

@@ -128,7 +128,10 @@ def test_output_that_cannot_be_written_is_refused_before_there_is_a_job(here: In
     refused = here("submit", "prompts.jsonl", "-o", "prompts.jsonl/out.jsonl")
 
     assert (refused.exit_code, refused.stdout) == (1, "")
-    assert refused.stderr.startswith("Error: cannot write the results to ")
+    assert refused.stderr == (
+        f"Error: cannot write the results to {tmp_path}/prompts.jsonl/out.jsonl: {tmp_path}/prompts.jsonl is a file, "
+        "not a folder: name another file\n"
+    )
     assert here("jobs").stdout == ""
 
 

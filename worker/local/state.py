@@ -1,5 +1,6 @@
 """StateFolder: where a one-machine run keeps its ledger and logs; one run at a time, by a file lock."""
 
+import errno
 import fcntl
 import os
 import time
@@ -65,8 +66,9 @@ class StateFolder:
         self._close()
 
     def _trouble(self, error: OSError) -> ConfigurationError:
+        make_room = "make room there, or " if error.errno == errno.ENOSPC else ""
         return ConfigurationError(
-            f"the state folder {self.path} cannot be used ({error.strerror}): make room there, or choose another with "
+            f"the state folder {self.path} cannot be used ({error.strerror}): {make_room}choose another with "
             "--state DIR"
         )
 
