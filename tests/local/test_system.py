@@ -203,6 +203,25 @@ def test_workers_complaint_is_passed_on_once_while_there_is_no_new_result(
         assert caplog.messages == [said, said.replace("2", "3")]
 
 
+def test_a_young_complaint_is_not_passed_on_as_it_may_be_the_last_words(
+    folder: StateFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker that cannot start logs why, ends a moment later with the same words, and both were told."""
+    clock = Clock()
+    with LocalSystem(folder, SETTINGS, ["sleep", "60"], {"PATH": os.environ["PATH"]}, clock) as system:
+        clock.now += 10
+        with folder.worker_log.open("a") as log:
+            log.write("2030-01-02 03:04:05,678 ERROR millrace.engine: no such device\n")
+        for _ in range(2):
+            system.supervise(0)
+            clock.now += 2
+        assert caplog.messages == []
+
+        clock.now += 2
+        system.supervise(0)
+        assert caplog.messages == ["no new result for some time; the worker says: no such device"]
+
+
 def test_full_disk_is_told_though_nothing_can_be_logged_there(
     folder: StateFolder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,8 @@ _WORKER_GRACE_S = 30.0
 #: How the command line reports one of our errors; the worker's last such line is what its user has to know.
 _ERROR_MARK = "Error: "
 _TAIL_LINES = 200
-#: Seconds without a new Result after which the worker's last complaint is passed on: it may say why.
+#: Seconds without a new Result after which the worker's last complaint is passed on, since it may say why; and how old
+#: that must be, since a younger one may be its last words, which are told when it has ended.
 _SILENCE_S = 5.0
 #: Less free space than this, and SQLite may not be able to commit any more; nor may the log say so.
 _MIN_FREE_BYTES = 4 << 20
@@ -64,6 +65,7 @@ class LocalSystem:
         self._clock = clock
         self._log = LogFollower(state.worker_log)
         self._silent_since = clock()
+        self._trouble_kind, self._troubled_since = "", clock()
         self._told: set[str] = set()
 
     def __enter__(self) -> "LocalSystem":
@@ -101,6 +103,8 @@ class LocalSystem:
         Raises WorkerDied for a worker that does not start or keeps dying, BrokerUnavailable for a Redis that does.
         """
         self._log.read()
+        if (kind := _kind_of(self._log.trouble or "")) != self._trouble_kind:
+            self._trouble_kind, self._troubled_since = kind, self._clock()
         if self._num_results is not None and num_results > self._num_results:
             self._has_progressed = True
             self._deaths = dict.fromkeys(self._deaths, 0)
@@ -128,9 +132,10 @@ class LocalSystem:
         """Each complaint once, also when only its numbers change, until there is a Result again."""
         free = shutil.disk_usage(self._state.path).free
         full = f"the disk of the state folder {self._state.path} is full" if free < _MIN_FREE_BYTES else None
-        said = f"no new result for some time; the worker says: {self._log.trouble}" if self._log.trouble else None
+        is_known = self._log.trouble is not None and self._clock() - self._troubled_since >= _SILENCE_S
+        said = f"no new result for some time; the worker says: {self._log.trouble}" if is_known else None
         for trouble in (full, said):
-            if trouble is not None and (kind := re.sub(r"\d+", "#", trouble)) not in self._told:
+            if trouble is not None and (kind := _kind_of(trouble)) not in self._told:
                 self._told.add(kind)
                 logger.warning("%s", trouble)
 
@@ -179,6 +184,10 @@ def settings_environ(settings: Settings) -> dict[str, str]:
     environ = {ENV_PREFIX + name.upper(): text for name, text in shown.items() if values[name] is not None}
     # No file of settings besides: it has been read already, and a value left unset here must stay unset.
     return {**environ, CONFIG_VARIABLE: "/dev/null"}
+
+
+def _kind_of(trouble: str) -> str:
+    return re.sub(r"\d+", "#", trouble)
 
 
 def _without_settings(environ: Mapping[str, str]) -> dict[str, str]:
