@@ -67,8 +67,8 @@ class Ledger:
     def migrate(self) -> None:
         """Create the schema or bring it to this version. Safe when several processes do it at once.
 
-        Raises ConfigurationError for a path that cannot be written or a schema newer than this Millrace, and
-        DatabaseUnavailable.
+        Raises ConfigurationError for a path that cannot be written or a schema that this Millrace cannot bring there,
+        and DatabaseUnavailable.
         """
         if self._file is not None:
             try:

@@ -91,6 +91,20 @@ def test_check_schema_refuses_a_newer_database_and_migrate_leaves_it_alone(ledge
         ledger.migrate()
 
 
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("ALTER TABLE answers RENAME COLUMN used_at TO made_at", "no column answers.used_at, an unknown column"),
+        ("DROP TABLE dead_letters", "no table dead_letters"),
+    ],
+)
+def test_tables_of_an_earlier_state_are_named_with_the_way_out(ledger: Ledger, statement: str, said: str) -> None:
+    ledger.write(lambda connection: connection.execute(text(statement)))
+    for use in (ledger.check_schema, ledger.migrate):
+        with pytest.raises(ConfigurationError, match=rf"another state of Millrace.*{said}.*: use another database"):
+            use()
+
+
 def test_check_schema_refuses_a_database_whose_version_was_taken_away(ledger: Ledger) -> None:
     ledger.write(lambda connection: connection.execute(text(f"DELETE FROM {VERSION_TABLE}")))
     with pytest.raises(ConfigurationError, match="millrace migrate"):
