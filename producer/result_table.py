@@ -5,7 +5,6 @@ there is its JSON here; in Parquet an embedding is a list of numbers.
 """
 
 import csv
-import io
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -68,25 +67,45 @@ class CsvResults:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._text = io.StringIO(newline="")
-        self._writer = csv.writer(self._text, lineterminator="\n")
+        self._rows = _RowsOfText()
+        # What is quoted are the characters of this end, and to readers a return alone ends a row as well.
+        self._writer = csv.writer(self._rows, lineterminator=_RowsOfText.END)
         self._writer.writerow(COLUMNS)
 
     def write(self, results: Sequence[Result]) -> None:
-        self._writer.writerows([_in_csv(value) for value in to_row(result)] for result in results)
-        self._pass_on()
+        self._writer.writerows(map(csv_cells, results))
+        self._file.write(self._rows.take())
 
     def close(self) -> None:
-        self._pass_on()
-
-    def _pass_on(self) -> None:
-        self._file.write(self._text.getvalue().encode())
-        self._text.seek(0)
-        self._text.truncate()
+        self._file.write(self._rows.take())
 
 
-def _in_csv(value: Any) -> Any:
-    return _encode(value).decode() if isinstance(value, bool | list) else value
+class _RowsOfText:
+    """What csv's writer writes to, a row at a time, each ended by END."""
+
+    END = "\r\n"
+
+    def __init__(self) -> None:
+        self._rows: list[str] = []
+
+    def write(self, row: str) -> None:
+        self._rows.append(row.removesuffix(self.END))
+
+    def take(self) -> bytes:
+        """All since the last call, each ended by a line feed."""
+        rows, self._rows = self._rows, []
+        return "".join(f"{row}\n" for row in rows).encode()
+
+
+def csv_cells(result: Result) -> list[str]:
+    """The row as CSV has it, before anything is quoted."""
+    return [_cell(value) for value in to_row(result)]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return _encode(value).decode() if isinstance(value, bool | list) else str(value)
 
 
 class ParquetResults:

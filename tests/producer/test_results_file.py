@@ -245,12 +245,12 @@ def test_suffix_compresses(suffix: str, tmp_path: Path) -> None:
 
 
 def awkward_results() -> list[Result]:
-    texts = ['with "quotes", commas', "two\r\nlines", "", "Grüße 🐟 \x00"]
+    texts = ['with "quotes", commas', "two\r\nlines", "a return\ralone", "", "Grüße 🐟 \x00"]
     answers = [Answer(text=text, finish_reason="stop", prompt_tokens=4, completion_tokens=2) for text in texts]
     results = [msgspec.structs.replace(ANSWER, line=line, answer=answer) for line, answer in enumerate(answers, 1)]
-    embedding = msgspec.structs.replace(answers[2], embedding=struct.pack("<2f", 0.5, -0.25))
+    embedding = msgspec.structs.replace(answers[3], embedding=struct.pack("<2f", 0.5, -0.25))
     carried = '{"user":"u","metadata":{"k":"v"},"store":false}'
-    return [*results, msgspec.structs.replace(FAILURE, line=5, carried=carried), replaced(6, embedding)]
+    return [*results, msgspec.structs.replace(FAILURE, line=6, carried=carried), replaced(7, embedding)]
 
 
 def replaced(line: int, answer: Answer) -> Result:
@@ -273,14 +273,14 @@ def test_tables_have_a_row_for_each_sample(tmp_path: Path) -> None:
     expected = ["" if result.answer is None else result.answer.text for result in results]
     assert [row["text"] for row in rows] == expected
     assert [text or "" for text in table["text"].to_pylist()] == expected
-    assert table["line"].to_pylist() == [1, 2, 3, 4, 5, 6] == [int(row["line"]) for row in rows]
+    assert table["line"].to_pylist() == [1, 2, 3, 4, 5, 6, 7] == [int(row["line"]) for row in rows]
     assert (rows[0]["cached"], rows[0]["completion_tokens"], rows[0]["error_code"]) == ("true", "2", "")
-    assert (rows[4]["error_code"], rows[4]["user"], rows[4]["metadata"]) == ("invalid_json", "u", '{"k":"v"}')
-    assert (rows[4]["store"], rows[4]["cached"], rows[4]["completion_tokens"]) == ("false", "false", "")
+    assert (rows[5]["error_code"], rows[5]["user"], rows[5]["metadata"]) == ("invalid_json", "u", '{"k":"v"}')
+    assert (rows[5]["store"], rows[5]["cached"], rows[5]["completion_tokens"]) == ("false", "false", "")
     assert json.loads(rows[0]["params"])["max_tokens"] == 16
-    assert json.loads(rows[5]["embedding"]) == [0.5, -0.25]
-    assert table["embedding"].to_pylist() == [None] * 5 + [[0.5, -0.25]]
-    assert table["error_code"].to_pylist() == [None] * 4 + ["invalid_json", None]
+    assert json.loads(rows[6]["embedding"]) == [0.5, -0.25]
+    assert table["embedding"].to_pylist() == [None] * 6 + [[0.5, -0.25]]
+    assert table["error_code"].to_pylist() == [None] * 5 + ["invalid_json", None]
 
 
 def test_parquet_is_written_group_by_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_parquet_is_written_group_by_group(tmp_path: Path, monkeypatch: pytest.M
         for result in awkward_results():
             file.write(result)
 
-    assert pq.ParquetFile(tmp_path / "results.parquet").num_row_groups == 3
+    assert pq.ParquetFile(tmp_path / "results.parquet").num_row_groups == 4
 
 
 def test_table_without_results_has_its_columns(tmp_path: Path) -> None:
