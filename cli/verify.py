@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 @click.command("verify", short_help="Prove that a finished Job is complete.")
 @click.argument("job")
-@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def command(job: str, files: tuple[Path, ...], as_json: bool) -> None:
     """Read all Results of a finished Job again and compare them with the counts and the digest it was closed with.
 
-    With FILE, a JSONL file of `millrace results` in its flat format, also that it holds every Result, once and
-    unaltered; where errors are in a file of their own, both files together. The exit code is 1 when anything is missing
-    or differs.
+    With FILE, as `millrace results` wrote it, also that it holds every Result, once and unaltered; where errors are in
+    a file of their own, both files together. FILE is JSON lines, CSV or Parquet, in gzip or zstd or not, by its
+    suffixes; not --format openai. The exit code is 1 when anything is missing or differs.
 
     \b
     Example:

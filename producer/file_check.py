@@ -1,14 +1,14 @@
 """Whether files of Results say what the ledger says: every Result once, none altered, nothing besides."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
 from producer.compression import DAMAGES, decompressed
-from producer.file_format import format_of
-from producer.result_line import encode_result
+from producer.file_format import FileFormat, FileKind, format_of
+from producer.written_results import WrittenRow, content_of, written_rows
 from protocol.errors import ConfigurationError
 from protocol.requests import Result
 
@@ -30,35 +30,32 @@ class FileCheck(msgspec.Struct, frozen=True, kw_only=True):
         return not (self.num_missing or self.num_altered or self.num_surplus)
 
 
-class _Key(msgspec.Struct):
-    line: int
-    sample: int
-
-
-_decode_key = msgspec.json.Decoder(_Key).decode
-
-
-def check_files(paths: Iterable[Path], results: Iterable[Result]) -> FileCheck:
-    """Compare JSONL files as `millrace results` writes them, in any order, in gzip or zstd or not, with these Results,
-    which the files have together: answers and errors may be apart.
+def check_files(paths: Sequence[Path], results: Iterable[Result]) -> FileCheck:
+    """Compare files as `millrace results` writes them in its flat format, in any order, with these Results, which the
+    files have together: answers and errors may be apart.
 
     Raises ConfigurationError for a file that cannot be read or is not one.
     """
-    expected = {(result.line, result.sample): _hash(encode_result(result)) for result in results}
+    formats = [format_of(path.name) for path in paths]
+    expected: dict[FileKind, dict[tuple[int, int], bytes]] = {each.kind: {} for each in formats}
+    for result in results:
+        for kind, hashes in expected.items():
+            hashes[result.line, result.sample] = _hash(content_of(result, kind))
     seen: set[tuple[int, int]] = set()
     altered: set[int] = set()
     surplus: list[int] = []
     num_rows = num_altered = 0
-    for found, row in (each for path in paths for each in _rows(path)):
-        num_rows += 1
-        key = (found.line, found.sample)
-        if key in seen or key not in expected:
-            surplus.append(found.line)
-        elif expected[key] != _hash(row):
-            num_altered += 1
-            altered.add(found.line)
-        seen.add(key)
-    missing = [line for line, sample in expected if (line, sample) not in seen]
+    for path, file_format in zip(paths, formats, strict=True):
+        for row in _rows(path, file_format):
+            num_rows += 1
+            key = (row.line, row.sample)
+            if key in seen or key not in expected[file_format.kind]:
+                surplus.append(row.line)
+            elif expected[file_format.kind][key] != _hash(row.content):
+                num_altered += 1
+                altered.add(row.line)
+            seen.add(key)
+    missing = [line for line, sample in expected[formats[0].kind] if (line, sample) not in seen]
     return FileCheck(
         num_rows=num_rows,
         num_missing=len(missing),
@@ -68,26 +65,21 @@ def check_files(paths: Iterable[Path], results: Iterable[Result]) -> FileCheck:
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[_Key, bytes]]:
-    file_format = format_of(path.name)
-    if file_format.kind != "jsonl":
-        raise ConfigurationError(
-            f"cannot verify {path}: {file_format.kind} is not compared, write the Results as JSONL"
-        )
+def _rows(path: Path, file_format: FileFormat) -> Iterator[WrittenRow]:
     num_rows = 0
     try:
         with path.open("rb") as file:
-            for row in decompressed(file, file_format.compression):
+            for row in written_rows(decompressed(file, file_format.compression), file_format.kind):
                 num_rows += 1
-                yield _decode_key(row), row
+                yield row
     except DAMAGES as error:
         raise ConfigurationError(f"{path} is damaged behind row {num_rows}, as {file_format.compression} is") from error
     except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
-    except msgspec.DecodeError as error:
-        raise ConfigurationError(f"row {num_rows} of {path} is no Result in the flat format: {error}") from error
+        raise ConfigurationError(f"cannot read {path}: {error.strerror or error}") from error
+    except ConfigurationError as error:
+        raise ConfigurationError(f"cannot verify {path}, row {num_rows + 1}: {error}") from error
 
 
-def _hash(row: bytes) -> bytes:
+def _hash(content: bytes) -> bytes:
     # 16 bytes: the keys of ten million Results are to fit into memory.
-    return hashlib.blake2b(row.rstrip(b"\r\n"), digest_size=16).digest()
+    return hashlib.blake2b(content, digest_size=16).digest()
