@@ -57,8 +57,8 @@ class Doorbell:
             if not self._is_told:
                 self._is_told = True
                 logger.warning(
-                    "%s; meanwhile the Job goes into the ledger all the same, and workers that have nothing else to do "
-                    "find it there",
+                    "%s; the Job goes into the ledger all the same, where a worker looks every second or two while it "
+                    "has room for more",
                     trouble,
                 )
 

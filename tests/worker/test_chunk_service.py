@@ -89,6 +89,17 @@ def test_a_cancelled_job_leaves_the_engine_at_once_and_its_results_stay(
     assert client.wait(following).num_ok == 1
 
 
+def test_a_job_that_no_message_tells_of_is_found_in_the_ledger(
+    system: tuple[ChunkService, Client, Ledger], caplog: pytest.LogCaptureFixture
+) -> None:
+    service, _, _ = system
+    with Client(msgspec.structs.replace(service.settings, broker_url="redis://127.0.0.1:1/0")) as client:
+        job = submit(client, "untold", [{"prompt": "nobody rings"}], max_tokens=4, temperature=0.0)
+        (warning,) = (message for message in caplog.messages if "goes into the ledger all the same" in message)
+        assert warning.startswith("Redis at redis://127.0.0.1:1/0 does not answer")
+        assert client.wait(job, timeout_s=60).num_ok == 1
+
+
 def test_what_is_late_becomes_an_error_and_the_rest_goes_on(system: tuple[ChunkService, Client, Ledger]) -> None:
     service, client, ledger = system
     patient = {"prompt": "the patient one", "max_tokens": 2, "timeout": 3600}
