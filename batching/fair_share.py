@@ -30,6 +30,12 @@ class FairShare:
         num_tokens = seq.num_prompt_tokens + seq.max_tokens
         self._ends[job] = seq.fair_start + num_tokens * self._num_jobs[tenant]
 
+    def move(self, seq: Sequence, priority: int) -> None:
+        """It belongs to another class from now on, as if it had come to that one just now."""
+        self.leave(seq)
+        seq.priority = priority
+        self.join(seq)
+
     def admit(self, seq: Sequence) -> None:
         """It starts."""
         self._now[seq.priority] = max(self._now.get(seq.priority, 0.0), seq.fair_start)

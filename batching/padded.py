@@ -107,6 +107,14 @@ class PaddedScheduler:
             del seq.output_ids[num_kept:]
             self._finish(seq)
 
+    def raise_priority(self, seq_id: int, priority: int) -> None:
+        """Somebody more urgent waits for this one too; one that runs, or is as urgent already, stays as it is."""
+        seq = self._alive.get(seq_id)
+        if seq is not None and seq.state is SequenceState.WAITING and seq.priority > priority:
+            self._waiting.remove(seq)
+            self._fair_share.move(seq, priority)
+            self._waiting.add(seq)
+
     def schedule(self) -> PaddedPlan | None:
         """The next step; None when there is nothing to do. The last step's tokens must have been processed."""
         plan = PaddedPlan()

@@ -62,13 +62,15 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Intake(msgspec.Struct, frozen=True, array_like=True, tag="intake"):
-    """To the engine: Sequences to add, and Sequences to finish with the number of output tokens to keep.
+    """To the engine: Sequences to add, Sequences to finish with the number of output tokens to keep, and Sequences that
+    somebody more urgent waits for too, with that priority.
 
-    `finish(seq_id, 0)` is a cancel; a Sequence the engine no longer has is ignored.
+    `finish(seq_id, 0)` is a cancel; a Sequence the engine no longer has, or has not yet, is ignored.
     """
 
     add: list[NewSequence] = []
     finish: list[tuple[int, int]] = []
+    urge: list[tuple[int, int]] = []
 
 
 class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):

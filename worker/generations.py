@@ -66,7 +66,7 @@ class Generation(msgspec.Struct, eq=False):
     score: ScoreParts | None = None  # of the prompt, when asked for
     pooled: bytes | None = None  # as in StepFrame, from an engine that embeds or classifies
     engine: int = 0  # its number
-    priority: int = 0  # as in NewSequence, of who asked first
+    priority: int = 0  # as in NewSequence, of the most urgent who has asked
 
     @property
     def num_tokens(self) -> int:
@@ -111,7 +111,7 @@ class Generation(msgspec.Struct, eq=False):
             score_from=-1 if self.score is None else self.score.start,
             num_top=params.prompt_logprobs or 0,
             deadline=time.time() - time.monotonic() + min(deadlines) if deadlines else None,
-            priority=min(piece.owner.priority for piece in self.waiters),
+            priority=self.priority,
             tenant=self.waiters[0].owner.tenant,
             job=self.waiters[0].owner.job_id,
         )
@@ -227,8 +227,7 @@ class Generations:
                 added[generation.engine].append(generation)
                 self._loads[generation.engine] += generation.num_tokens
                 self._live[generation.seq_id] = generation
-                self._num_live[generation.priority] += 1
-                self._num_tokens[generation.priority] += generation.num_tokens
+                self._count_live(generation, 1)
                 if piece.key is not None:
                     self._by_key[piece.key] = generation
             for engine, theirs in added.items():
@@ -238,6 +237,16 @@ class Generations:
         generation.waiters.append(piece)
         if piece.deadline is not None:
             self._first_deadline = min(self._first_deadline, piece.deadline)
+        if (priority := piece.owner.priority) < generation.priority:
+            self._count_live(generation, -1)
+            generation.priority = priority
+            self._count_live(generation, 1)
+            # Ignored where the engine has not been told of it yet.
+            self._send(generation.engine, Intake(urge=[(generation.seq_id, priority)]))
+
+    def _count_live(self, generation: Generation, sign: int) -> None:
+        self._num_live[generation.priority] += sign
+        self._num_tokens[generation.priority] += sign * generation.num_tokens
 
     def _tell(self, engine: int, seq_ids: list[int]) -> None:
         if seq_ids:
@@ -442,8 +451,7 @@ class Generations:
 
     def _forget(self, generation: Generation) -> None:
         del self._live[generation.seq_id]
-        self._num_live[generation.priority] -= 1
-        self._num_tokens[generation.priority] -= generation.num_tokens
+        self._count_live(generation, -1)
         self._loads[generation.engine] -= generation.num_tokens
         if generation.key is not None:
             del self._by_key[generation.key]

@@ -127,6 +127,50 @@ def test_a_call_under_a_full_engine_starts_within_two_steps(lookahead: int) -> N
     assert all(loop.outputs[seq_id] == sequential([seq_id, 1, 2], 10) for seq_id in range(100))
 
 
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_what_a_call_has_in_common_with_bulk_starts_within_two_steps(lookahead: int, num_samples: int) -> None:
+    loop = Loop(Limits(num_blocks=16, block_size=4, max_num_seqs=4, max_batch_tokens=8, lookahead=lookahead))
+    for seq_id in range(0, 300, num_samples):
+        loop.add(seq_id, Arrival([seq_id, 1, 2], 10, priority=2, num_samples=num_samples))
+    for _ in range(5):
+        loop.step()
+    assert loop.scheduler.num_running == 4
+    # The last of a Request's samples, whose prompt is the first one's to compute.
+    wanted = 299
+    assert wanted not in loop.admitted
+    loop.scheduler.raise_priority(wanted, 0)
+    loop.scheduler.raise_priority(wanted, 2)  # never less urgent again
+    loop.scheduler.raise_priority(1000, 0)
+    loop.step()
+    loop.step()
+
+    assert wanted in loop.admitted
+    # It gives way to nobody of its old class any more.
+    while wanted not in loop.finished:
+        loop.step()
+        assert loop.admitted.count(wanted) == 1
+    loop.run()
+    assert loop.outputs[wanted] == sequential([300 - num_samples, 1, 2], 10, sample=num_samples - 1)
+    share = loop.scheduler._fair_share
+    assert not share._num_alive
+    assert not share._num_jobs
+
+
+def test_a_running_one_that_a_call_waits_for_is_not_preempted_for_its_old_class() -> None:
+    loop = Loop(Limits(num_blocks=4, block_size=4, max_num_seqs=4, max_batch_tokens=8, lookahead=0))
+    loop.add(0, Arrival([1, 2, 3], 4, priority=1))
+    loop.add(1, Arrival([4, 5, 6], 12, priority=2))
+    loop.step()
+    loop.scheduler.raise_priority(1, 0)
+    loop.add(2, Arrival([7, 8, 9], 12, priority=0))
+    loop.run()
+
+    assert loop.admitted.count(1) == 1
+    assert loop.outputs[1] == sequential([4, 5, 6], 12)
+    assert loop.outputs[0] == sequential([1, 2, 3], 4)
+
+
 def test_a_call_goes_before_a_long_prompt_that_is_being_computed() -> None:
     loop = Loop(Limits(num_blocks=16, block_size=4, max_num_seqs=4, max_batch_tokens=4, lookahead=0))
     loop.add(0, Arrival(list(range(20)), 2, priority=2))

@@ -99,6 +99,18 @@ def test_the_most_urgent_of_many_starts_the_next_rectangle_though_it_came_last()
     assert 100 in {seq.seq_id for seq in plan.rectangle}
 
 
+def test_one_that_somebody_more_urgent_waits_for_starts_the_next_rectangle() -> None:
+    rectangles = scheduler(max_num_seqs=1)
+    for i in range(4):
+        rectangles.add(sequence(i, 4, 2, priority=2))
+    step(rectangles)
+    for i in (0, 3, 77):  # 0 runs
+        rectangles.raise_priority(i, 0)
+    rectangles.raise_priority(3, 1)
+
+    assert admissions(rectangles) == [{3}, {1}, {2}]
+
+
 def test_no_rectangle_has_more_columns_than_the_model_has_positions() -> None:
     rectangles = scheduler(max_model_len=64)
     rectangles.add(sequence(0, 58, 6))

@@ -65,6 +65,16 @@ def test_urgent_ones_go_first_and_no_step_has_too_many(is_padded: bool) -> None:
     assert [sorted(ids(plan)) for plan in plans(whole)] == [[0, 4], [1, 2], [3]]
 
 
+def test_one_that_somebody_more_urgent_waits_for_is_in_the_next_step() -> None:
+    whole = scheduler(is_padded=False, max_num_seqs=1)
+    for seq_id in range(3):
+        whole.add(text(seq_id, 10, priority=2))
+    for seq_id in (2, 77):
+        whole.raise_priority(seq_id, 0)
+
+    assert [ids(plan) for plan in plans(whole)] == [[2], [0], [1]]
+
+
 def test_a_cancelled_one_waits_no_longer_and_one_in_a_step_is_finished_with_it() -> None:
     whole = scheduler(is_padded=False, max_num_seqs=1)
     for seq_id in range(3):

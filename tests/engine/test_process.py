@@ -102,6 +102,18 @@ def test_engine_process_finishes_a_sequence_when_told_to(model_folder: Callable[
     assert (frames[-1].num_running, frames[-1].num_free_blocks) == (0, 8192 // 16)
 
 
+def test_engine_process_starts_what_somebody_more_urgent_waits_for(model_folder: Callable[[str], Path]) -> None:
+    bulk = [msgspec.structs.replace(new_sequence(i, [5 + i], 40), priority=2) for i in range(5)]
+    with engine_process(settings_for(model_folder("llama"), max_num_seqs=1)) as child:
+        assert isinstance(child.frame(), EngineReady)
+        send_frame(child.sock, Intake(add=bulk))
+        assert isinstance(child.frame(), StepFrame)
+        send_frame(child.sock, Intake(urge=[(4, 0), (99, 0)]))
+        _, frames = child.outputs(num_finished=5)
+
+    assert [seq_id for frame in frames for seq_id, _, _ in frame.finished] == [4, 0, 1, 2, 3]
+
+
 def test_engine_process_refuses_what_never_fits_and_goes_on(model_folder: Callable[[str], Path]) -> None:
     with engine_process(settings_for(model_folder("llama"))) as child:
         assert isinstance(child.frame(), EngineReady)

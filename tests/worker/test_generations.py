@@ -157,6 +157,25 @@ def test_abandoning_an_owner_cancels_only_what_nobody_else_waits_for(harness: Ha
     assert [w.owner for w in generation.waiters] == [other]
 
 
+def test_what_somebody_more_urgent_joins_becomes_as_urgent(harness: Harness) -> None:
+    bulk, call = RecordingOwner(priority=2), RecordingOwner(priority=-1)
+    harness.generations.add([(harness.piece(b"s", bulk), [5, 6]), (harness.piece(b"a", bulk), [6])], 100)
+    shared, _ = harness.sent[0].add
+    num_tokens = 2 + shared.max_tokens
+    assert harness.generations.promised(0) == (0, 0)
+    assert harness.generations.join(harness.piece(b"s", call)) is True
+    assert harness.sent[1:] == [Intake(urge=[(shared.seq_id, -1)])]
+    assert harness.generations.promised(0) == (1, num_tokens)
+    assert harness.generations.join(harness.piece(b"s", bulk)) is True
+    assert len(harness.sent) == 2
+    # A new engine is told so from the beginning.
+    harness.generations.resend(lambda: None)
+    assert [sequence.priority for sequence in harness.sent[2].add] == [-1, 2]
+    harness.step((shared.seq_id, 9), finished=[(shared.seq_id, "length", 1)])
+    assert harness.generations.promised(0) == (0, 0)
+    assert harness.generations.promised(2)[0] == 1
+
+
 def test_nothing_is_started_for_an_owner_that_gave_up_while_it_was_prepared(harness: Harness) -> None:
     lost = RecordingOwner()
     harness.generations.abandon(lost)

@@ -91,6 +91,8 @@ def _serve(engine: Engine | PoolingEngine, sock: socket.socket, intakes: "queue.
 def _take_in(engine: Engine | PoolingEngine, intake: Intake) -> None:
     for new in intake.add:
         engine.add(new)
+    for seq_id, priority in intake.urge:
+        engine.raise_priority(seq_id, priority)
     for seq_id, num_kept in intake.finish:
         engine.finish(seq_id, num_kept)
 
