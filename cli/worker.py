@@ -18,8 +18,8 @@ import click
 def command(model: str | None, device: str | None, also_serve: tuple[str, ...], drain_seconds: float | None) -> None:
     """Take Chunks from the queue, run the model over them, and store the Results.
 
-    SIGTERM or Ctrl-C stops it in order: nothing more is taken, what ends within --drain-seconds is finished, the rest
-    goes back into the queue with the Results it has. Once more, or SIGQUIT, gives everything back at once.
+    SIGTERM, SIGHUP or Ctrl-C stops it in order: nothing more is taken, what ends within --drain-seconds is finished,
+    the rest goes back into the queue with the Results it has. Once more, or SIGQUIT, gives everything back at once.
 
     \b
     Example:

@@ -108,7 +108,7 @@ def _cli_page() -> str:
         _WARNING,
         "",
         "Exit codes: 0 done, 1 an error (one line on stderr, with the way out), 2 a command that cannot be understood,",
-        "130 stopped by Ctrl-C or SIGTERM.",
+        "130 stopped by Ctrl-C, SIGTERM or SIGHUP.",
     ]
     for arguments in _commands():
         title = " ".join(["millrace", *arguments])

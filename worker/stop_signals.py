@@ -10,6 +10,10 @@ from typing import Any
 
 from celery.worker import state
 
+#: Whether whoever started this process has it outlive its terminal, as nohup does. Asked before Celery's own handler is
+#: there, which would start the worker again.
+_OUTLIVES_TERMINAL = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
 
 def heed_stop_signals(hurry: Callable[[], None]) -> None:
     """In place of Celery's handlers, which would have tasks end that are Chunks with leases. Main thread only."""
@@ -21,3 +25,4 @@ def heed_stop_signals(hurry: Callable[[], None]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, on_signal)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if _OUTLIVES_TERMINAL else on_signal)

@@ -113,7 +113,7 @@ def test_two_workers_share_a_job_and_one_may_die(
         hasty = millrace("worker", "--drain-seconds", "600")
         hasty.wait_until(lambda: client.status("drained").num_requests_leased > 0)
         hasty.below()
-        hasty.process.terminate()
+        hasty.process.send_signal(signal.SIGHUP)
         hasty.process.send_signal(signal.SIGQUIT)
         code, _, stderr = hasty.finish()
         assert code == 0
