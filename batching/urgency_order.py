@@ -33,6 +33,10 @@ class UrgencyOrder:
         """The `num` most urgent, or all."""
         return list(islice(self, num))
 
+    def last(self) -> Sequence:
+        """The least urgent; there must be one."""
+        return self._members[self._lasts[-1]]
+
     def add(self, seq: Sequence) -> None:
         """Its urgency stays as it is while it is in here; its arrival number is its own, so keys never tie."""
         key = seq.urgency

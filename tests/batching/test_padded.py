@@ -1,29 +1,53 @@
 """Rectangles: who is in them, that everything in them ends, and what they waste."""
 
 import sys
+from collections.abc import Iterable
+from itertools import pairwise
 from types import FrameType
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from batching.padded import PaddedPlan, PaddedScheduler
 from batching.sequence import Sequence, SequenceState
+from tests.batching.loop import sequential
+from tests.batching.padded_loop import PaddedLoop
 
 
 def sequence(
-    seq_id: int, num_prompt: int, max_tokens: int, *, priority: int = 0, deadline: float | None = None
+    seq_id: int,
+    num_prompt: int,
+    max_tokens: int,
+    *,
+    priority: int = 0,
+    deadline: float | None = None,
+    tenant: str = "",
+    stops: Iterable[int] = (),
 ) -> Sequence:
     return Sequence(
         seq_id,
-        np.arange(num_prompt, dtype=np.int32),
+        np.arange(seq_id, seq_id + num_prompt, dtype=np.int32),
         max_tokens=max_tokens,
-        stop_token_ids=(7,),
+        stop_token_ids=stops,
         score_from=None if max_tokens else 1,
         priority=priority,
         deadline=deadline,
+        tenant=tenant,
     )
+
+
+def assert_sequential(loop: PaddedLoop, sequences: Iterable[Sequence]) -> None:
+    """They have the texts that they have alone, and every score that they asked for once."""
+    for seq in sequences:
+        prompt = seq.prompt_ids.tolist()
+        expected = sequential(prompt, seq.max_tokens, seq.stop_token_ids)
+        assert seq.output_ids == expected
+        assert loop.texts[seq] == prompt + expected
+        assert loop.finished[seq.seq_id][1] == len(expected)
+        if not seq.max_tokens:
+            assert loop.scored.get(seq, []) == list(range(1, len(prompt)))
 
 
 def scheduler(
@@ -61,7 +85,7 @@ def test_rectangle_holds_the_oldest_and_those_nearest_to_it_in_length() -> None:
 
     assert plan is not None
     assert {seq.seq_id for seq in plan.rectangle} == {0, 2, 4}
-    assert plan.width == 21
+    assert plan.num_columns == 21
 
 
 def test_priority_comes_before_deadline_and_deadline_before_arrival() -> None:
@@ -198,7 +222,7 @@ def test_rows_that_have_ended_are_dropped_when_it_pays_and_not_before() -> None:
         rectangles.process(plan, np.full(len(plan.sampled), 1))
 
     assert sizes == [4] + [3] * 19
-    assert kept[1] == [1, 2, 3]
+    assert kept[1] == {1: [1, 2, 3]}
     assert not any(kept[2:])
 
     rectangles = scheduler()
@@ -211,65 +235,159 @@ def test_rows_that_have_ended_are_dropped_when_it_pays_and_not_before() -> None:
     assert paddings == [0, 1, 1]  # two steps to come do not pay for a copy of three rows
 
 
-@settings(deadline=None, max_examples=60)
+def test_a_call_under_full_rectangles_starts_within_two_steps() -> None:
+    for num_steps in (1, 2, 3, 9):
+        # Enough room beside the rectangle; none; prompts that take several steps; no column left to join in.
+        for num_tokens, max_batch_tokens, max_model_len in (
+            (4096, 64, 256),
+            (4 * 30, 64, 256),
+            (4096, 8, 256),
+            (4096, 64, 31),
+        ):
+            loop = PaddedLoop(scheduler(num_tokens, 4, max_batch_tokens, max_model_len))
+            bulk = [sequence(i, 10 + i % 3, 18, priority=2) for i in range(40)]
+            for seq in bulk:
+                loop.add(seq)
+            for _ in range(num_steps):
+                loop.step()
+            assert loop.scheduler.num_running == 4
+            calls = [sequence(100, 6, 20), sequence(101, 4, 2), sequence(102, 5, 9)]
+            for call in calls:
+                loop.add(call)
+                for _ in range(2):
+                    loop.step()
+                assert call.num_computed > 0
+            loop.run()
+            assert_sequential(loop, [*calls, *bulk])
+
+
+def test_a_call_takes_the_place_of_the_least_urgent_alone_and_the_others_go_on_beside_it() -> None:
+    loop = PaddedLoop(scheduler())
+    bulk = [sequence(i, 8, 20, priority=1 + i // 3) for i in range(4)]
+    for seq in bulk:
+        loop.add(seq)
+    for _ in range(3):
+        loop.step()
+
+    loop.add(sequence(100, 4, 10))
+    loop.step()
+    loop.step()
+
+    assert loop.scheduler.num_preemptions == 1
+    assert bulk[3].state is SequenceState.WAITING
+    assert [[seq.seq_id for seq in plan.rectangle] for plan in loop.plans[-2:]] == [[100], [0, 1, 2, 100]]
+    loop.run()
+    assert_sequential(loop, bulk)
+
+
+def test_calls_that_keep_coming_stop_neither_each_other_nor_what_has_room_beside_them() -> None:
+    loop = PaddedLoop(scheduler(max_num_seqs=16))
+    bulk = [sequence(i, 8, 30, priority=2) for i in range(4)]
+    for seq in bulk:
+        loop.add(seq)
+    for i in range(80):
+        loop.add(sequence(100 + i, 4, 6))
+        loop.step()
+
+    assert loop.scheduler.num_preemptions == 0
+    assert {seq.seq_id for seq in bulk} <= set(loop.finished)
+    assert len(loop.finished) > 60
+
+
+def test_what_is_less_urgent_starts_beside_few_calls_and_waits_for_many() -> None:
+    for num_calls, is_beside in ((2, True), (3, False)):
+        loop = PaddedLoop(scheduler())
+        for i in range(num_calls):
+            loop.add(sequence(i, 4, 20))
+        loop.step()
+        for i in range(10, 14):
+            loop.add(sequence(i, 4, 20, priority=2))
+        for _ in range(4):
+            loop.step()
+
+        assert any(seq.priority for seq in loop.plans[-1].rectangle) == is_beside
+
+
+def test_one_class_alone_runs_in_as_many_steps_as_there_are_columns() -> None:
+    """Rectangles are left alone: what arrives meanwhile neither interrupts them nor joins them."""
+    loop = PaddedLoop(scheduler())
+    for i in range(12):
+        loop.add(sequence(i, 6 + i % 2, 10 + i % 4, tenant=str(i % 2), deadline=float(-i)))
+        loop.step()
+    loop.run()
+
+    assert not any(plan.joins for plan in loop.plans)
+    starts = [i for i, plan in enumerate(loop.plans) if plan.is_new] + [len(loop.plans)]
+    for start, end in pairwise(starts):
+        assert end - start == max(len(loop.texts[seq]) - seq.num_prompt_tokens for seq in loop.plans[start].rectangle)
+
+
+def test_a_step_without_a_token_is_left_out_when_only_the_padded_rows_are_left() -> None:
+    loop = PaddedLoop(scheduler(max_batch_tokens=16))
+    long, short = sequence(0, 60, 5), sequence(1, 4, 5)
+    loop.add(long)
+    loop.add(short)
+    loop.step()
+    loop.scheduler.finish(0, 0)
+    loop.run()
+
+    assert len(loop.plans) == 1 + 5
+    assert_sequential(loop, [short])
+
+
+@settings(deadline=None, max_examples=200)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30)), min_size=1, max_size=30),
-    ranks=st.lists(st.tuples(st.integers(-2, 2), st.sampled_from([None, 1.0, 2.0])), min_size=30, max_size=30),
+    arrivals=st.lists(
+        st.tuples(
+            st.integers(1, 60),  # prompt
+            st.integers(0, 30),  # outputs
+            st.sampled_from([0, 0, 0, 1, 2]),  # priority
+            st.sampled_from([None, None, 1.0, 2.0]),  # deadline
+            st.integers(0, 5) | st.integers(0, 60),  # step
+            st.none() | st.integers(0, 60),  # step of its cancel
+            st.none() | st.integers(0, 60),  # step in which somebody urgent wants it too
+        ),
+        min_size=1,
+        max_size=30,
+    ),
     max_model_len=st.integers(90, 130),
     max_batch_tokens=st.integers(1, 40),
     num_tokens=st.integers(90, 600),
-    cancels=st.sets(st.integers(0, 29)),
-    data=st.data(),
+    most_cells=st.none() | st.integers(130, 300),
 )
-def test_everything_ends_within_the_limits_and_all_room_comes_back(
-    lengths: list[tuple[int, int]],
-    ranks: list[tuple[int, float | None]],
+def test_everything_gets_its_sequential_text_within_the_limits_and_all_room_comes_back(
+    arrivals: list[tuple[int, int, int, float | None, int, int | None, int | None]],
     max_model_len: int,
     max_batch_tokens: int,
     num_tokens: int,
-    cancels: set[int],
-    data: st.DataObject,
+    most_cells: int | None,
 ) -> None:
-    rectangles = scheduler(num_tokens, 5, max_batch_tokens, max_model_len)
-    sequences = [
-        sequence(i, prompt, outputs, priority=priority, deadline=deadline)
-        for i, ((prompt, outputs), (priority, deadline)) in enumerate(zip(lengths, ranks, strict=False))
-    ]
-    for seq in sequences:
-        rectangles.add(seq)
-    scored: dict[int, list[int]] = {}
-    finished: set[int] = set()
-    num_steps = 0
-    while True:
-        most_urgent = min(
-            (seq for seq in sequences if seq.state is SequenceState.WAITING), key=lambda seq: seq.urgency, default=None
-        )
-        if (plan := rectangles.schedule()) is None:
-            break
-        num_steps += 1
-        assert not plan.is_new or plan.rectangle[0] is most_urgent
-        live = [seq for seq in plan.rectangle if seq.state is SequenceState.RUNNING]
-        columns = plan.width + max(seq.max_tokens for seq in live)
-        assert plan.first_column + plan.num_columns <= columns <= max_model_len
-        assert rectangles.blocks.num_free == num_tokens - len(plan.rectangle) * columns >= 0
-        assert plan.num_scheduled_tokens <= max_batch_tokens
-        assert len(plan.rectangle) <= 5
-        assert plan.num_padding_tokens >= 0
-        assert len(plan.rectangle) * (plan.first_column + plan.num_columns) <= num_tokens
-        for segment, start, end in plan.scored:
-            scored.setdefault(plan.sequences[segment].seq_id, []).extend(range(start, end))
-        tokens = data.draw(st.lists(st.integers(5, 9), min_size=len(plan.sampled), max_size=len(plan.sampled)))
-        outcome = rectangles.process(plan, np.array(tokens, dtype=np.int64))
-        finished.update(seq_id for seq_id, _, _ in outcome.finished)
-        for seq_id in [i for i in cancels if i == num_steps]:
-            rectangles.finish(seq_id, 0)
+    def is_too_large(plan: PaddedPlan) -> bool:
+        num_cells = plan.num_rows * (plan.first_column + plan.num_columns)
+        return most_cells is not None and num_cells > most_cells and plan.num_rows > 1
 
-    assert (rectangles.num_running, rectangles.num_waiting) == (0, 0)
-    assert rectangles.blocks.num_free == num_tokens
-    for seq in sequences:
-        if seq.seq_id in cancels and seq.seq_id not in finished:
-            continue
-        assert seq.seq_id in finished
-        assert len(seq.output_ids) == seq.max_tokens or seq.output_ids[-1] == 7
-        if seq.max_tokens == 0:
-            assert scored.get(seq.seq_id, []) == list(range(1, seq.num_prompt_tokens))
+    loop = PaddedLoop(scheduler(num_tokens, 5, max_batch_tokens, max_model_len), is_too_large)
+    sequences = [
+        sequence(i, prompt, outputs, priority=priority, deadline=deadline, stops=range(i % 12))
+        for i, (prompt, outputs, priority, deadline, _, _, _) in enumerate(arrivals)
+    ]
+    cancelled: set[int] = set()
+    for now in range(62):
+        for seq, (_, _, _, _, step, cancel, urge) in zip(sequences, arrivals, strict=True):
+            if step == now:
+                loop.add(seq)
+            if urge == now:
+                loop.scheduler.raise_priority(seq.seq_id, 0)
+            if cancel == now and seq in loop.texts and seq.state is not SequenceState.FINISHED:
+                loop.scheduler.finish(seq.seq_id, 0)
+                cancelled.add(seq.seq_id)
+        if loop.has_work:
+            loop.step()
+    loop.run()
+
+    assert loop.scheduler.blocks.num_free == num_tokens
+    assert len(loop.scheduler._free_rows) == loop.scheduler.max_num_seqs
+    assert_sequential(loop, [seq for seq in sequences if seq.seq_id not in cancelled])
+    event(f"preempted: {loop.scheduler.num_preemptions > 0}")
+    event(f"joined: {any(plan.joins for plan in loop.plans)}")
+    event(f"failed: {loop.num_failures > 0}")

@@ -3,12 +3,22 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from protocol.errors import ConfigurationError
-from tests.engine.reference import Reference, Run, collect, drive, new_sequence, random_prompts, settings_for
+from tests.engine.reference import (
+    Reference,
+    Run,
+    assert_equal_where_decided,
+    collect,
+    drive,
+    new_sequence,
+    random_prompts,
+    settings_for,
+)
 from worker.engine.engine import Engine
 from worker.engine.padded_runner import PaddedRunner
 
@@ -50,6 +60,33 @@ def test_stop_tokens_and_cancels_end_rows_and_leave_the_others(
     assert all(run.outputs[i] == expected.outputs[i] for i in run.reasons if i != 0)
 
 
+@pytest.mark.parametrize("family", ["bloom", "gemma3"])
+def test_calls_join_rectangles_and_everybody_has_the_text_of_an_undisturbed_run(
+    family: str, model_folder: Callable[[str], Path], reference: Callable[[str], Reference]
+) -> None:
+    expected = reference(family)
+    settings = settings_for(model_folder(family), layout="padded", max_num_seqs=5, kv_tokens=600)
+    engine, run = Engine.start(settings), Run()
+    sequences = [
+        msgspec.structs.replace(new_sequence(i, prompt, 40 - i % 7), priority=0 if i % 4 == 3 else 2)
+        for i, prompt in enumerate(expected.prompts[:20])
+    ]
+    for bulk in (seq for seq in sequences if seq.priority):
+        engine.add(bulk)
+    for call in (seq for seq in sequences if not seq.priority):
+        for _ in range(6):
+            collect(engine, run)
+        engine.add(call)
+    while engine.has_work:
+        collect(engine, run)
+
+    assert engine.scheduler.num_preemptions > 0
+    assert_equal_where_decided(
+        [run.outputs[i] + expected.outputs[i][40 - i % 7 :] for i in range(20)],
+        Reference(expected.prompts[:20], expected.outputs[:20], expected.gaps[:20]),
+    )
+
+
 def test_rows_that_fit_alone_but_not_side_by_side_run_after_each_other(tmp_path: Path) -> None:
     import transformers
 
@@ -87,7 +124,8 @@ def test_cancelled_rows_free_their_cache_with_the_next_step(
     def cache_bytes() -> list[int]:
         return [
             part.untyped_storage().nbytes()
-            for layer in runner._padded.cache.layers
+            for cache in runner._padded.caches.values()
+            for layer in cache.layers
             for part in (layer.keys, layer.values)
         ]
 

@@ -248,8 +248,8 @@ class Engine:
         Raises OutOfMemoryError when they cannot be smaller: whoever restarts the process finds out who is to blame.
         """
         is_halved = self._budget.halve()
-        # Of a rectangle, rows count too.
-        if not is_halved and not any(isinstance(plan, PaddedPlan) and len(plan.rectangle) > 1 for plan in self._failed):
+        # Of rectangles, rows count too.
+        if not is_halved and not any(isinstance(plan, PaddedPlan) and plan.num_rows > 1 for plan in self._failed):
             raise torch.OutOfMemoryError("the smallest possible step does not fit into the memory")
         log.warning("out of memory: everything is preempted, and steps have %d tokens at most", self._budget.tokens)
         self.runner.forget()

@@ -1,4 +1,4 @@
-"""PaddedRunner: steps of a rectangle, with a mask, through a model that keeps its cache and its attention to itself.
+"""PaddedRunner: steps of rectangles, with a mask, through a model that keeps its cache and its attention to itself.
 
 The plan's tokens arrive as one flat row, as everywhere; here they are put into the rectangle's columns, and logits are
 taken out again where they are asked for. Tokens all come from the host, so a step starts when the last one's are known.
@@ -25,29 +25,34 @@ class PaddedRunner(Runner):
         self._padded = PaddedForward(loaded.model)
 
     def forget(self) -> None:
-        self._padded.start()
+        self._padded.caches.clear()
 
     def _arrays(self, plan: StepPlan, layout: PackedLayout) -> dict[str, Array]:
         assert isinstance(plan, PaddedPlan)
         arrays = super()._arrays(plan, layout)
-        pads = np.array([plan.width - seq.num_prefill for seq in plan.rectangle], dtype=np.int64)
+        pads = np.array(plan.pads, dtype=np.int64)
         rows = np.repeat(np.array(plan.rows, dtype=np.int64), layout.query_lens)  # (T,) of the rectangle
         arrays["pads"] = pads  # (R,)
         arrays["places"] = rows * plan.num_columns + layout.positions + pads[rows] - plan.first_column  # (T,)
         arrays["sampled_rectangle_rows"] = rows[layout.sampled]  # (K,)
-        if plan.kept is not None:
-            arrays["kept"] = np.array(plan.kept, dtype=np.int64)
+        for number, kept in plan.kept.items():
+            arrays[f"kept_{number}"] = np.array(kept, dtype=np.int64)
         return arrays
 
     def _forward(self, plan: StepPlan, layout: PackedLayout, sent: dict[str, Tensor]) -> Forward:
         assert isinstance(plan, PaddedPlan)
+        padded = self._padded
+        for number in padded.caches.keys() - plan.caches:
+            del padded.caches[number]  # its memory is free before others take theirs
+        for number in plan.kept:
+            padded.keep(number, sent[f"kept_{number}"])
+        for join in plan.joins:
+            padded.join(join.number, join.other, join.num_pads, join.num_other_pads)
         if plan.is_new:
-            self._padded.start()
-        elif "kept" in sent:
-            self._padded.keep(sent["kept"])
+            padded.start(plan.number)
         shape = (len(plan.rectangle), plan.num_columns)
         token_ids = torch.zeros(shape, dtype=torch.int64, device=self.device)  # (R, C)
         token_ids.view(-1).index_copy_(0, sent["places"], sent["prefill_token_ids"])
-        logits = self._padded.run(token_ids, sent["pads"], plan.first_column)[:, -1]  # (R, V)
+        logits = padded.run(plan.number, token_ids, sent["pads"], plan.first_column)[:, -1]  # (R, V)
         logits = logits.index_select(0, sent["sampled_rectangle_rows"])
         return Forward(logits, sent["prefill_positions"], sent["places"])

@@ -72,7 +72,8 @@ def probe_packed(model: Any, config: Any) -> tuple[dict[int, AttentionTerms], li
 
 @torch.inference_mode()
 def probe_padded(model: Any, config: Any) -> list[LayerShape]:
-    """Run two texts alone, then as a rectangle whose last column comes through the cache.
+    """Run two texts alone, then as a rectangle whose last column comes through the cache; and once more with the
+    shorter one in a rectangle of its own that joins the other's.
 
     Raises ConfigurationError with what speaks against padding.
     """
@@ -86,14 +87,17 @@ def probe_padded(model: Any, config: Any) -> list[LayerShape]:
     try:
         change = _logits(model, other_end) - _logits(model, ids)  # (tokens, V)
         alone = [model(input_ids=text.unsqueeze(0), use_cache=False).logits[0, -1] for text in (ids, fewer)]
-        forward.run(rectangle[:, :-1], pads, 0)
-        together = forward.run(rectangle[:, -1:], pads, len(ids) - 1)[:, -1]
-        layers = [(layer.keys, layer.values) for layer in forward.cache.layers]
+        for number, (rows, row_pads) in enumerate(((rectangle, pads), (ids[None], pads[:1]), (fewer[None], pads[:1]))):
+            forward.start(number)
+            forward.run(number, rows[:, :-1], row_pads, 0)
+        forward.join(1, 2, 0, num_pads)
+        together, joined = (forward.run(i, rectangle[:, -1:], pads, len(ids) - 1)[:, -1] for i in (0, 1))
+        layers = [(layer.keys, layer.values) for layer in forward.caches[0].layers]
     except (TypeError, ValueError, AttributeError, NotImplementedError, IndexError, RuntimeError) as error:
         raise ConfigurationError(f"it does not run with a mask and a DynamicCache: {error}") from error
     if change[:-1].norm() > _LOOKAHEAD_TOLERANCE * change[-1].norm():
         raise ConfigurationError("its tokens attend to those after them")
-    if not all(_agree(row, text) for row, text in zip(together, alone, strict=True)):
+    if not all(_agree(row, text) for row, text in zip((*together, *joined), alone * 2, strict=True)):
         raise ConfigurationError("it does not keep to its mask, its positions or its cache")
     if len(layers) != config.num_hidden_layers:
         raise ConfigurationError(f"{len(layers)} of {config.num_hidden_layers} layers keep keys and values")
