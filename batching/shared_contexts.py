@@ -42,6 +42,7 @@ class SharedContexts:
 
 def _name(seq: Sequence) -> bytes | None:
     """Of the tokens before the one whose logits are asked for first; None where nothing, or not only that, is left."""
-    if seq.score_from is None or seq.score_from < 2 or seq.num_scored != seq.score_from:
+    num_prompt = seq.num_prompt_tokens
+    if seq.score_from is None or not 2 <= seq.score_from < num_prompt or seq.num_scored != seq.score_from:
         return None
     return content_name(b"", memoryview(seq.prompt_ids[: seq.score_from - 1].astype("<i4").tobytes()))

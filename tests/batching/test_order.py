@@ -1,15 +1,13 @@
 """Who is next, who has to give way, and what a step costs with many waiting."""
 
 import math
-import sys
-from types import FrameType
-from typing import Any
 
 import pytest
 
 from batching.scheduler import Scheduler
 from batching.sequence import SequenceState
 from batching.urgency_queue import UrgencyQueue
+from tests.batching.counting import num_lines
 from tests.batching.loop import Arrival, Limits, Loop, sequential
 
 
@@ -98,29 +96,13 @@ def costs(num_waiting: int) -> tuple[int, int, int]:
     loop.step()
     assert loop.scheduler.num_running < 2
 
-    def traced(call: Any) -> int:
-        num_lines = 0
-
-        def trace(frame: FrameType, event: str, argument: Any) -> Any:
-            nonlocal num_lines
-            num_lines += event == "line" and frame.f_code.co_filename != __file__
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            call()
-        finally:
-            sys.settrace(before)
-        return num_lines
-
     CountingFloat.num_comparisons = 0
-    num_lines = traced(loop.scheduler.schedule)
+    num_executed = num_lines(loop.scheduler.schedule)
     assert loop.scheduler.num_running == 2
     num_step = CountingFloat.num_comparisons
     CountingFloat.num_comparisons = 0
     loop.add(num_waiting, Arrival([1, 2], 2, deadline=CountingFloat(0.5)))
-    return num_lines, num_step, CountingFloat.num_comparisons
+    return num_executed, num_step, CountingFloat.num_comparisons
 
 
 def test_a_step_costs_the_same_with_ten_and_with_ten_thousand_waiting() -> None:

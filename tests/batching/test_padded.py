@@ -1,10 +1,7 @@
 """Rectangles: who is in them, that everything in them ends, and what they waste."""
 
-import sys
 from collections.abc import Iterable
 from itertools import pairwise
-from types import FrameType
-from typing import Any
 
 import numpy as np
 from hypothesis import event, given, settings
@@ -12,6 +9,7 @@ from hypothesis import strategies as st
 
 from batching.padded import PaddedPlan, PaddedScheduler
 from batching.sequence import Sequence, SequenceState
+from tests.batching.counting import num_lines
 from tests.batching.loop import sequential
 from tests.batching.padded_loop import PaddedLoop
 
@@ -173,30 +171,19 @@ def test_rows_that_are_not_worth_a_copy_keep_the_room_of_the_columns_to_come() -
 
 
 def test_a_step_costs_the_same_with_ten_and_with_ten_thousand_waiting_or_gone() -> None:
-    def num_lines(num_waiting: int, num_gone: int) -> int:
+    def cost(num_waiting: int, num_gone: int) -> int:
         rectangles = scheduler(max_num_seqs=1)
         for i in range(num_gone + num_waiting):
             rectangles.add(sequence(i, 4, 2))
         for i in range(num_gone):
             rectangles.finish(i, 0)
-        lines = 0
+        plans: list[PaddedPlan | None] = []
+        num_executed = num_lines(lambda: plans.append(rectangles.schedule()))
+        assert plans[0] is not None
+        assert [seq.seq_id for seq in plans[0].rectangle] == [num_gone]
+        return num_executed
 
-        def trace(frame: FrameType, event: str, argument: Any) -> Any:
-            nonlocal lines
-            lines += event == "line"
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            plan = rectangles.schedule()
-        finally:
-            sys.settrace(before)
-        assert plan is not None
-        assert [seq.seq_id for seq in plan.rectangle] == [num_gone]
-        return lines
-
-    assert num_lines(10_000, 0) == num_lines(10, 0) == num_lines(10, 10_000)
+    assert cost(10_000, 0) == cost(10, 0) == cost(10, 10_000)
 
 
 def test_rectangle_takes_no_more_room_than_there_is() -> None:

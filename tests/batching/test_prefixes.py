@@ -168,3 +168,16 @@ def test_contexts_stay_apart_whatever_is_scored_or_generated_beside_them(lookahe
     assert num_hits > 200
     assert num_copies > 20
     assert num_duplicating_steps > 20
+
+
+def test_answers_behind_prompts_with_nothing_to_score_are_nobodys_context() -> None:
+    # A sample is preempted with tokens of its own, and comes back while another one of the same prompt runs.
+    loop = Loop(Limits(num_blocks=4, block_size=4, max_num_seqs=3, max_batch_tokens=15, lookahead=0))
+    loop.add(0, Arrival([5], 8, score_from=4, num_samples=3))
+    for _ in range(3):
+        loop.step()
+    loop.add(10, Arrival([6], 4, priority=-1))
+    loop.run()
+
+    assert loop.scheduler.num_preemptions > 0
+    assert loop.outputs == {i: sequential([5], 8, sample=i) for i in range(3)} | {10: sequential([6], 4)}
