@@ -5,8 +5,10 @@ the log has names and types alone.
 """
 
 import logging
+import random
 import time
 from collections.abc import Callable
+from functools import partial
 from queue import Empty
 from typing import Any
 
@@ -18,6 +20,9 @@ from protocol.celery_app import CALL_TASKS, CHUNK_TASK, interactive_queue
 
 logger = logging.getLogger("millrace.worker")
 
+#: Between two tries to reach a broker that is away, at most: kombu's own pauses grow to half a minute, for which calls
+#: would wait though the broker is back. Who lost it together does not come back together.
+_RECONNECT_S = (1.0, 3.0)
 #: How long an event may wait for others, to be published with them.
 _EVENTS_DELAY_S = 0.1
 #: Before another try with a Redis that answers and refuses, as one does that is full.
@@ -33,6 +38,11 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]  # celery has no types
         connection = super().connect()
         self._drop_nonsense(connection.transport.cycle)
         return connection
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Waits for the broker as long as it takes."""
+        conn.ensure_connection = partial(conn.ensure_connection, interval_max=random.uniform(*_RECONNECT_S))
+        return super().ensure_connected(conn)
 
     def _drop_nonsense(self, cycle: Any) -> None:
         """What somebody put on a queue and is no message at all would take the loop down where kombu parses it."""
