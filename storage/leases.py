@@ -5,13 +5,13 @@ Claims and renewals do not wait for the disk: a database that forgets one in a p
 owner, whose name fences the first one off.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from itertools import chain
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Double, Update, bindparam, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Double, Select, Update, and_, bindparam, or_, select, update
 
 from protocol.priority import PRIORITIES
 from protocol.requests import Request, unpack_requests
@@ -29,14 +29,16 @@ _JOB = select(jobs.c.params, jobs.c.priority, jobs.c.created_at).where(jobs.c.id
 _REQUESTS = select(chunk_requests.c.requests).where(chunk_requests.c.chunk_id == bindparam("chunk"))
 
 
-_EXPIRED = (
-    select(chunks.c.id)
-    .where(chunks.c.model.in_(bindparam("models", expanding=True)), is_leased, chunks.c.leased_until <= now_once())
-    .where(or_(chunks.c.owner != bindparam("owner"), chunks.c.id.not_in(bindparam("held", expanding=True))))
-    .order_by(chunks.c.leased_until)
-    .limit(1)
-    .with_for_update(skip_locked=True)
-)
+def _expired(whose: ColumnElement[bool]) -> Select[int]:
+    is_served = chunks.c.model.in_(bindparam("models", expanding=True))
+    found = select(chunks.c.id).where(is_served, is_leased, chunks.c.leased_until <= now_once(), whose)
+    return found.order_by(chunks.c.leased_until).limit(1).with_for_update(skip_locked=True)
+
+
+_is_own = chunks.c.owner == bindparam("owner")
+_is_given_up = chunks.c.id.not_in(bindparam("held", expanding=True))
+_EXPIRED = _expired(or_(~_is_own, _is_given_up))
+_GIVEN_UP = _expired(and_(_is_own, _is_given_up))
 _CLAIM = (
     update(chunks)
     .where(chunks.c.id == bindparam("chunk"))
@@ -94,11 +96,13 @@ def claim_next(
     ranks: Collection[int] = range(len(PRIORITIES)),
     min_age_s: float = 0.0,
     held: Collection[int] = (),
+    may_take_over: Callable[[], bool] = lambda: True,
 ) -> Lease | None:
     """Lease the Chunk of these `models` whose turn it is, among Jobs of these classes; None when there is none.
 
     `held` are the Chunks that `owner` believes to hold: their leases may have run out while it slept, and are for it
-    to renew. Its other leases it has given up, and may take again like anybody's.
+    to renew. Its other leases it has given up, and may take again like anybody's. `may_take_over` is asked, when it is
+    the owner's turn in the database, whether a lease that has run out says that somebody else has died.
 
     The lease that ran out first goes first: it was claimed before anything that still waits. Then comes the first of
     `intake_order.next_chunks`, made at least `min_age_s` ago; who has not been told of it by a message leaves younger
@@ -106,7 +110,9 @@ def claim_next(
     """
 
     def work(connection: Connection) -> Lease | None:
-        expired = connection.execute(_EXPIRED, {"models": list(models), "owner": owner, "held": list(held)}).scalars()
+        statement = _EXPIRED if may_take_over() else _GIVEN_UP
+        whose = {"models": list(models), "owner": owner, "held": list(held)}
+        expired = connection.execute(statement, whose).scalars()
         for chunk_id in chain(expired, next_chunks(connection, models, ranks, min_age_s)):
             return lease_chunk(connection, chunk_id, owner, lease_s)
         return None

@@ -31,6 +31,7 @@ from worker.committer import Committer
 from worker.inference import ENGINE_MODULE, Inference
 from worker.open_chunk import OpenChunk, Ticket
 from worker.preparation import failed
+from worker.takeover import Takeover
 
 logger = logging.getLogger("millrace.worker")
 
@@ -93,6 +94,7 @@ class ChunkService:
         self._is_stopping = threading.Event()
         self._has_room = threading.Event()
         self._on_fatal = on_fatal
+        self._takeover = Takeover(settings.lease_seconds)
         self._threads = [
             threading.Thread(target=self._guarded, args=(self._take_in,), name="intake", daemon=True),
             threading.Thread(target=self._guarded, args=(self._renew,), name="renewal", daemon=True),
@@ -185,14 +187,17 @@ class ChunkService:
             if self._is_draining.is_set():
                 return
             try:
-                if time.monotonic() >= next_sweep and not end_overdue(self._ledger, self.owner):
-                    next_sweep = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
+                if time.monotonic() >= next_sweep:
+                    if not end_overdue(self._ledger, self.owner):
+                        next_sweep = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
+                    self._takeover.back()
                 if ticket is not None:
                     self._claim(ticket)
                 elif ranks and time.monotonic() >= next_look and not self._claim_unasked(ranks):
                     next_look = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
             except DatabaseUnavailable as error:
                 logger.warning("the database is away, trying again: %s", error)
+                self._takeover.away()
                 if ticket is not None:
                     self.receive(ticket)
                 self._is_draining.wait(next(pauses))
@@ -235,8 +240,17 @@ class ChunkService:
     def _claim_next(self, ranks: Collection[int], min_age_s: float = 0.0) -> Lease | None:
         with self._open_lock:
             held = list(self._open)
-        models, lease_s = self.settings.served_models, self.settings.lease_seconds
-        lease = claim_next(self._ledger, models, self.owner, lease_s, ranks=ranks, min_age_s=min_age_s, held=held)
+        asked_at = time.monotonic()
+        lease = claim_next(
+            self._ledger,
+            self.settings.served_models,
+            self.owner,
+            self.settings.lease_seconds,
+            ranks=ranks,
+            min_age_s=min_age_s,
+            held=held,
+            may_take_over=lambda: self._takeover.is_fair(asked_at),
+        )
         if lease is not None:
             fault_point("claimed")
         return lease

@@ -169,6 +169,24 @@ def test_claim_next_takes_no_chunk_from_an_owner_that_has_just_woken_up_and_hold
     assert claim_next(ledger, [MODEL], "worker-2", 60, min_age_s=0, held=[held]) is not None
 
 
+def test_claim_next_takes_no_expired_lease_of_others_while_it_may_not_take_over(ledger: Ledger) -> None:
+    """The database was away for longer than a lease: their owners may live, and be about to renew."""
+    job = new_job(ledger)
+    others, given_up, held, waiting = (new_chunk(ledger, job, [line]) for line in (1, 2, 3, 4))
+    new_lease(ledger, others, "worker-2")
+    for chunk_id in (given_up, held):
+        new_lease(ledger, chunk_id)
+    for chunk_id in (others, given_up, held):
+        expire(ledger, chunk_id)
+
+    def claim(*, may_take_over: bool) -> int | None:
+        lease = claim_next(ledger, [MODEL], "worker-1", 60, held=[held], may_take_over=lambda: may_take_over)
+        return None if lease is None else lease.chunk_id
+
+    assert [claim(may_take_over=False) for _ in range(3)] == [given_up, waiting, None]
+    assert [claim(may_take_over=True) for _ in range(2)] == [others, None]
+
+
 def test_claim_next_takes_chunks_of_its_model_alone(ledger: Ledger) -> None:
     new_chunk(ledger, new_job(ledger))
     assert claim_next(ledger, ["another"], "worker-1", 60, min_age_s=0) is None
