@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Interprets our kernels, and compiles them for GPUs, where there is none. torch for CUDA brings the one it needs.
 TRITON := triton==3.7.1
 
-.PHONY: help setup demo bench-queue chaos load test check format docs clean
+.PHONY: help setup demo bench-queue chaos outage load test check format docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ demo: $(STAMP)  ## Answer examples/prompts.jsonl with the bundled model, on what
 
 chaos: $(STAMP)  ## Kill workers, engines and servers at random while a Job runs, and check every line (ROUNDS=1 SEED=0)
 	$(BIN)/python -m benchmarks.chaos --rounds $(or $(ROUNDS),1) --seed $(or $(SEED),0)
+
+outage: $(STAMP)  ## Take Redis, the database and both away for a minute while a Job runs, and check every line
+	$(BIN)/python -m benchmarks.outage
 
 load: $(STAMP)  ## Many users at once against a system of their own; a report in out/load.html (USERS=100 TIME=60s)
 	$(BIN)/python -m benchmarks.load --users $(or $(USERS),100) --time $(or $(TIME),60s)
