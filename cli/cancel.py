@@ -2,6 +2,8 @@
 
 import click
 
+from cli.counted import counted
+
 
 @click.command("cancel", short_help="Stop Jobs; what has a Result keeps it.")
 @click.argument("jobs", metavar="JOB...", nargs=-1, required=True)
@@ -28,7 +30,6 @@ def command(jobs: tuple[str, ...], as_json: bool) -> None:
                 fields = {"id": job.id, "is_cancelled": is_cancelled, "state": status.job.state}
                 click.echo(msgspec.json.encode(fields | {"num_results": num_results}))
             elif is_cancelled:
-                results = f"{num_results:,} result{'s' * (num_results != 1)}"
-                click.echo(f"cancelled the Job {job.id}, keeping {results}")
+                click.echo(f"cancelled the Job {job.id}, keeping {counted(num_results, 'result')}")
             else:
                 click.echo(f"the Job {job.id} has ended already: it is {status.job.state}")

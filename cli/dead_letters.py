@@ -5,7 +5,10 @@ from typing import Any
 
 import click
 
-_lines = click.argument("lines", metavar="[LINE]...", type=click.IntRange(min=1), nargs=-1)
+from cli.counted import counted
+
+_LINE = click.IntRange(1, 2**63 - 1)
+_lines = click.argument("lines", metavar="[LINE]...", type=_LINE, nargs=-1)
 
 
 @click.group("dead-letters", short_help="Look after requests that were given up.")
@@ -48,7 +51,7 @@ def list_command(job: str | None, as_json: bool) -> None:
 
 @command.command("show")
 @click.argument("job")
-@click.argument("line", type=click.IntRange(min=1))
+@click.argument("line", type=_LINE)
 def show_command(job: str, line: int) -> None:
     """Show one with its request, as a JSON object: the prompt is in it.
 
@@ -82,7 +85,7 @@ def replay_command(job: str, lines: tuple[int, ...]) -> None:
 
     with Client() as client:
         num = client.replay(job, lines or None)
-    click.echo(f"{num:,} result{'s' * (num != 1)} taken back to be computed again")
+    click.echo(f"{counted(num, 'result')} taken back to be computed again")
 
 
 @command.command("drop")
@@ -99,4 +102,4 @@ def drop_command(job: str, lines: tuple[int, ...]) -> None:
 
     with Client() as client:
         num = client.drop_dead_letters(job, lines or None)
-    click.echo(f"{num:,} dead letter{'s' * (num != 1)} dropped")
+    click.echo(f"{counted(num, 'dead letter')} dropped")

@@ -2,6 +2,8 @@
 
 import click
 
+from cli.counted import counted
+
 
 @click.command("delete", short_help="Delete Jobs with their Results.")
 @click.argument("jobs", metavar="JOB...", nargs=-1, required=True)
@@ -32,4 +34,4 @@ def command(jobs: tuple[str, ...], force: bool, as_json: bool) -> None:
             if as_json:
                 click.echo(msgspec.json.encode({"id": job.id, "num_results": num_results}))
             else:
-                click.echo(f"deleted the Job {job.id} with {num_results:,} result{'s' * (num_results != 1)}")
+                click.echo(f"deleted the Job {job.id} with {counted(num_results, 'result')}")

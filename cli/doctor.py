@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.counted import counted
+
 if TYPE_CHECKING:
     from cli.finding import Finding
     from protocol.settings import Settings
@@ -33,7 +35,7 @@ def command(as_json: bool, is_worker: bool) -> None:
         num_warnings += finding.state == "warning"
         _show(finding, as_json)
     if not as_json and not is_worker:
-        click.echo(f"{num_failed} failed, {num_warnings} warning{'s' * (num_warnings != 1)}", err=True)
+        click.echo(f"{num_failed} failed, {counted(num_warnings, 'warning')}", err=True)
     sys.exit(1 if num_failed else 0)
 
 

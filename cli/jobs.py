@@ -4,12 +4,15 @@ import time
 
 import click
 
+from cli.counted import counted
 from cli.shown_job import as_json_object, shown_name
+
+_LIMIT = click.IntRange(1, 1_000_000)
 
 
 @click.command("jobs", short_help="List the newest Jobs.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each Job.")
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="Jobs to list.")
+@click.option("--limit", type=_LIMIT, default=20, show_default=True, metavar="N", help="Jobs to list.")
 def command(as_json: bool, limit: int) -> None:
     """List the newest Jobs, newest first, and how far they are.
 
@@ -30,7 +33,7 @@ def command(as_json: bool, limit: int) -> None:
             click.echo(msgspec.json.encode(as_json_object(status)))
             continue
         num_results = status.num_ok + status.num_error
-        results = f"{num_results:,} result{'s' * (num_results != 1)} of {status.num_lines:,} lines"
+        results = f"{counted(num_results, 'result')} of {counted(status.num_lines, 'line')}"
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.job.created_at))
         name = shown_name(status.job)
         click.echo(f"{status.job.id}  {created}  {status.job.state:<10}  {results}{'  ' if name else ''}{name}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from cli.standard_streams import stand_in_for_closed_streams
 from protocol.errors import MillraceError
 
 #: Each is a module of this package with a `command`; in the order of the help page.
@@ -49,6 +50,7 @@ def cli() -> None:
 
 def main() -> None:
     """The console script."""
+    stand_in_for_closed_streams()
     cli(prog_name="millrace")
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from cli.standard_streams import stdout
 from protocol.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -83,7 +83,10 @@ def check_output(output: str, input_path: str, showing: Showing) -> None:
     if showing.errors is not None and _is_same(output, showing.errors):
         raise ConfigurationError(f"results and errors both go to {shown_output(output)}: give one of them another name")
     for place in (output, showing.errors):
-        if place is None or place == STDOUT:
+        if place is None:
+            continue
+        if place == STDOUT:
+            stdout()
             continue
         if place.endswith(os.sep):
             raise ConfigurationError(f"cannot write the results to {place}: it is a folder, name a file in it")
@@ -112,7 +115,8 @@ class StdoutResults:
     def __init__(self, shape: "ResultShape") -> None:
         from producer.file_format import FileFormat
 
-        self._writer = shape.writer(sys.stdout.buffer, FileFormat())
+        self._file = stdout()
+        self._writer = shape.writer(self._file, FileFormat())
 
     def __enter__(self) -> "StdoutResults":
         return self
@@ -124,15 +128,14 @@ class StdoutResults:
 
     def write(self, *results: "Result") -> None:
         """Raises ConfigurationError when it cannot be written, and BrokenPipeError when nobody reads any more."""
-        stdout = sys.stdout.buffer
         try:
             self._writer.write(results)
-            stdout.flush()
+            self._file.flush()
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             # What is left in the buffer would fail again when the interpreter ends, then with a traceback.
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stdout.fileno())
+            os.dup2(nowhere, self._file.fileno())
             os.close(nowhere)
             raise ConfigurationError(f"cannot write the results to stdout: {error.strerror}") from error

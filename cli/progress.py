@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from cli.counted import counted
 from cli.live_line import LiveLine
 from storage.jobs import JobStatus
 
@@ -48,7 +49,7 @@ class Progress(LiveLine):
         if status.num_cached:
             parts.append(f"{status.num_cached:,} known")
         if status.num_error:
-            parts.append(f"{status.num_error:,} error{'s' * (status.num_error != 1)}")
+            parts.append(counted(status.num_error, "error"))
         if elapsed > 0 and results > results_then and status.job.state != "submitting":
             parts.append(f"{clock_time((total - results) * elapsed / (results - results_then))} left")
         return ", ".join(parts)

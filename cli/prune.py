@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.counted import counted
 from cli.duration import Duration
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def command(age_s: float | None, unused_s: float | None, all_tenants: bool, dry_
         return
     verb = "would delete" if dry_run else "deleted"
     if age_s is not None:
-        click.echo(f"{verb} {num_jobs:,} Job{'s' * (num_jobs != 1)} with {num_results:,} results")
+        click.echo(f"{verb} {counted(num_jobs, 'Job')} with {counted(num_results, 'result')}")
     if answers is not None:
         click.echo(f"{verb} {_shown(answers)}")
     if is_sqlite and not dry_run and (num_jobs or (answers is not None and answers.num_answers)):
@@ -94,5 +95,4 @@ def _prune_answers(ledger: "Ledger", cache: "AnswerCache", unused_s: float, dry_
 def _shown(answers: "AnswerTotals") -> str:
     from cli.finding import shown_bytes
 
-    plural = "s" * (answers.num_answers != 1)
-    return f"{answers.num_answers:,} answer{plural} of {shown_bytes(answers.num_bytes)}"
+    return f"{counted(answers.num_answers, 'answer')} of {shown_bytes(answers.num_bytes)}"

@@ -14,6 +14,7 @@ import click
 from cli.interrupts import Interrupts
 from cli.options import job_option, reading_options, retry_option, sampling_options, showing_options
 from cli.output import STDIN, Output, Showing, check_output, shown_output
+from cli.standard_streams import stdin
 from protocol.sampling import SamplingParams
 from protocol.settings import Settings, load_settings
 
@@ -81,7 +82,7 @@ def command(
     overrides = {"engine.model": model, "model_name": model_name, "engine.device": device, "engine.dtype": dtype}
     settings = load_settings(overrides)
     model_names = (settings.served_model, settings.engine.model)
-    source = Source(sys.stdin.buffer if input_path == STDIN else Path(input_path), reading)
+    source = Source(stdin() if input_path == STDIN else Path(input_path), reading)
     # What cannot work is refused before anything is made or started.
     check_worker_packages()
     if name is None:

@@ -41,7 +41,7 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
             pings = [_timed_ping(client) for _ in range(_NUM_PINGS)]
             info: dict[str, Any] = client.info()
             waiting = ", ".join(f"{queue} {client.llen(queue)}" for queue in chunk_queues(*settings.served_models))
-            lengths = f"queues {waiting}, unacked {client.hlen('unacked')}"
+            lengths = f"{waiting}, unacked {client.hlen('unacked')}"
         except (AuthenticationError, NoPermissionError) as error:
             yield failed("redis", f"{shown} refuses the login: {error}", "set the password in MILLRACE_BROKER_URL")
             return

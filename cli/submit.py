@@ -1,6 +1,5 @@
 """`millrace submit`."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +7,7 @@ import click
 
 from cli.options import job_option, priority_option, reading_options, retry_option, sampling_options, showing_options
 from cli.output import STDIN, Output, Showing, check_output, shown_output
+from cli.standard_streams import stdin
 from protocol.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -59,9 +59,9 @@ def command(
     from producer.client import Client
     from producer.source import Source
 
-    if showing.errors is not None and output is None:
-        raise click.UsageError("--errors goes with -o, which says where the other Results are written")
-    source = Source(sys.stdin.buffer if input_path == STDIN else Path(input_path), reading)
+    if showing != Showing() and output is None:
+        raise click.UsageError("--errors, --format and --order go with -o, which says where the Results are written")
+    source = Source(stdin() if input_path == STDIN else Path(input_path), reading)
     if name is None:
         source.check()
     if output is not None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import click
 
+from cli.counted import counted
 from producer.client import RETRIABLE_CODES
 from protocol.requests import Result
 from storage.jobs import JobStatus
@@ -32,10 +33,10 @@ class Summary:
     def text(self, status: JobStatus, place: str) -> str:
         """Numbers, then where the Results are."""
         known = f" ({status.num_cached:,} known already)" if status.num_cached else ""
-        lines = [f"{_counted(status.num_ok + status.num_error, 'result')}: {_counted(status.num_ok, 'answer')}{known}"]
+        lines = [f"{counted(status.num_ok + status.num_error, 'result')}: {counted(status.num_ok, 'answer')}{known}"]
         if self._errors:
             codes = ", ".join(f"{code} {number:,}" for code, number in self._errors.most_common())
-            lines[0] += f", {_counted(status.num_error, 'error')} ({codes})"
+            lines[0] += f", {counted(status.num_error, 'error')} ({codes})"
         lines.append(f"{status.completion_tokens:,} output tokens")
         if status.computed_tokens != status.completion_tokens:
             lines[-1] += f", {status.completion_tokens - status.computed_tokens:,} of them from known answers"
@@ -44,7 +45,7 @@ class Summary:
         num_retriable = sum(number for code, number in self._errors.items() if code in RETRIABLE_CODES)
         if num_retriable and status.job.state != "cancelled":
             lines.append(
-                f"{_counted(num_retriable, 'error')} may go away: the same command with --retry-errors tries again"
+                f"{counted(num_retriable, 'error')} may go away: the same command with --retry-errors tries again"
             )
         lines.append(f"written to {place}")
         return "\n".join(lines)
@@ -63,10 +64,6 @@ def check_any_answer(status: JobStatus, where: str) -> None:
     """Raises ClickException, hence exit code 1, for a Job that has errors and nothing else."""
     if status.num_error and not status.num_ok:
         raise click.ClickException(f"no line was answered, there is nothing but errors ({status.num_error:,}); {where}")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _excerpt(mark: str, text: str) -> list[str]:

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.counted import counted
+
 if TYPE_CHECKING:
     from producer.file_check import FileCheck
-    from storage.completeness import Verification
+    from storage.completeness import Proof, Verification
 
 
 @click.command("verify", short_help="Prove that a finished Job is complete.")
@@ -58,28 +60,33 @@ def _ledger_lines(verification: "Verification") -> list[str]:
     assert stated is not None
     lines = [
         f"lines    {found.num_lines:,}",
-        f"results  {found.num_results:,}, of them {found.num_errors:,} errors and {found.num_cached:,} known already",
+        f"results  {found.num_results:,}, of them {_parts(found)}",
         f"digest   {found.digest}",
     ]
     if verification.num_incomplete:
         lines.append(
-            f"INCOMPLETE: {verification.num_incomplete:,} requests lack a result: {_shown(verification.incomplete)}"
+            f"INCOMPLETE: without a result {counted(verification.num_incomplete, 'request')}: "
+            + _shown(verification.incomplete)
         )
     for first, last in verification.altered:
         lines.append(f"ALTERED: the results of lines {first:,} to {last:,} are not those that were committed")
     if stated != found:
         lines.append(
-            f"DIFFERENT: the job was closed with {stated.num_results:,} results, of them {stated.num_errors:,} errors "
-            f"and {stated.num_cached:,} known already, and the digest {stated.digest}"
+            f"DIFFERENT: the job was closed with {counted(stated.num_results, 'result')}, of them {_parts(stated)}, "
+            f"and the digest {stated.digest}"
         )
     return lines if len(lines) > 3 else [*lines, "complete: as the job was closed"]
 
 
+def _parts(totals: "Proof") -> str:
+    return f"{counted(totals.num_errors, 'error')} and {totals.num_cached:,} known already"
+
+
 def _file_lines(name: str, checked: "FileCheck") -> list[str]:
     if checked.holds:
-        return [f"{name}: all {checked.num_rows:,} results, each once and unaltered"]
+        return [f"{name}: all {counted(checked.num_rows, 'result')}, each once and unaltered"]
     parts = f"{checked.num_missing:,} missing, {checked.num_altered:,} altered, {checked.num_surplus:,} too many"
-    return [f"{name}: {checked.num_rows:,} results, {parts}: {_shown(checked.lines)}"]
+    return [f"{name}: {counted(checked.num_rows, 'result')}, {parts}: {_shown(checked.lines)}"]
 
 
 def _shown(lines: list[int]) -> str:

@@ -78,6 +78,8 @@ class Server(ThreadingMixIn, WSGIServer):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not sys.argv[1].isdigit():
+        sys.exit("usage: web_backend.py PORT")
     with make_server("127.0.0.1", int(sys.argv[1]), application, Server) as server:
         print(f"listening on http://127.0.0.1:{server.server_port}", flush=True)
         server.serve_forever()

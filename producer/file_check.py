@@ -73,7 +73,9 @@ def _rows(path: Path, file_format: FileFormat) -> Iterator[WrittenRow]:
                 num_rows += 1
                 yield row
     except DAMAGES as error:
-        raise ConfigurationError(f"{path} is damaged behind row {num_rows}, as {file_format.compression} is") from error
+        raise ConfigurationError(
+            f"{path} is damaged behind row {num_rows}, read as {file_format.compression}: write it anew"
+        ) from error
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror or error}") from error
     except ConfigurationError as error:

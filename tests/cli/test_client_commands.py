@@ -189,7 +189,7 @@ def test_no_empty_name_and_no_negative_limit(here: Invoke) -> None:
 
     negative = here("jobs", "--limit", "-1")
     assert (negative.exit_code, negative.stdout) == (2, "")
-    assert "-1 is not in the range x>=1" in negative.stderr
+    assert "-1 is not in the range 1<=x<=1000000" in negative.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
@@ -330,9 +330,10 @@ def test_a_stopped_command_leaves_no_half_of_a_file(
 
 
 def test_places_for_results_need_a_wait_for_them(here: Invoke) -> None:
-    refused = here("submit", "prompts.jsonl", "--wait", "--errors", "errors.jsonl")
-    assert refused.exit_code == 2
-    assert "--errors goes with -o" in refused.stderr
+    for option in (["--errors", "errors.jsonl"], ["--format", "openai"], ["--order", "finished"]):
+        refused = here("submit", "prompts.jsonl", "--wait", *option)
+        assert refused.exit_code == 2
+        assert "--errors, --format and --order go with -o" in refused.stderr
     assert here("jobs").stdout == ""
 
 
@@ -424,7 +425,7 @@ def test_verify_proves_a_finished_job_and_its_file_and_names_what_is_wrong_with_
 
     assert (proven.exit_code, proven.stderr) == (0, "")
     lines = proven.stdout.splitlines()
-    assert lines[:2] == ["lines    3", "results  3, of them 1 errors and 0 known already"]
+    assert lines[:2] == ["lines    3", "results  3, of them 1 error and 0 known already"]
     assert lines[3:] == ["complete: as the job was closed", "results.jsonl: all 3 results, each once and unaltered"]
 
     here("results", job, "-o", "answers.jsonl.gz", "--errors", "errors.jsonl.zst", "--order", "finished")

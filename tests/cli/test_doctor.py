@@ -49,9 +49,7 @@ def test_all_is_well_on_a_machine_that_has_everything(
     assert {name for name, line in lines.items() if line["state"] != "ok"} <= {"workers", "disk"}
     assert lines["redis"]["facts"].startswith(tuple("678"))
     assert lines["database"]["facts"].endswith("tables up to date, writable")
-    assert lines["queues"]["facts"] == (
-        "queues millrace.millrace-tiny.normal 0, millrace.millrace-tiny.bulk 0, unacked 0"
-    )
+    assert lines["queues"]["facts"] == ("millrace.millrace-tiny.normal 0, millrace.millrace-tiny.bulk 0, unacked 0")
     assert lines["jobs"]["facts"] == "none; 0 Chunks wait for a worker"
     assert (lines["workers"]["state"], lines["workers"]["facts"]) == ("warning", "none answers")
     assert "-0.0 s" not in result.output

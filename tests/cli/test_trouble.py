@@ -18,6 +18,7 @@ from tests.cli.conftest import Invoke
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "millrace-tiny"
+MILLRACE = (sys.executable, "-P", "-m", "cli.main")
 NOBODY = "postgresql+psycopg://user:secret@127.0.0.1:1/millrace"
 NEED_DATABASE = (
     ["migrate"],
@@ -69,9 +70,12 @@ def wrong_password(url: str) -> str:
 
 def run(*arguments: str, cwd: Path, **settings: str) -> tuple[int, str]:
     """The command in a process of its own; exit code and stderr."""
+    return run_command(*MILLRACE, *arguments, cwd=cwd, **settings)
+
+
+def run_command(*command: str, cwd: Path, **settings: str) -> tuple[int, str]:
     environ = {name: text for name, text in os.environ.items() if not name.startswith("MILLRACE_")}
     environ |= {"PYTHONPATH": str(ROOT), **{f"MILLRACE_{name.upper()}": text for name, text in settings.items()}}
-    command = [sys.executable, "-P", "-m", "cli.main", *arguments]
     done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
@@ -197,6 +201,21 @@ def test_results_to_a_full_disk_are_kept_for_another_try(
     small_disk.free()
     assert here("results", job_id, "-o", output).exit_code == 0
     assert len(output.read_text().splitlines()) == 500
+
+
+def test_closed_streams_are_done_without_or_named(here: Invoke, redis_url: str, tmp_path: Path) -> None:
+    settings = {"broker_url": redis_url, "database_url": f"sqlite:///{tmp_path}/ledger.db", "model_name": "tiny"}
+    here("migrate", database_url=settings["database_url"])
+
+    def run_in(closed: str, *arguments: str) -> tuple[int, str]:
+        return run_command("sh", "-c", f'exec "$0" "$@" {closed}', *MILLRACE, *arguments, cwd=tmp_path, **settings)
+
+    assert_one_line(*run_in("<&-", "submit", "-", "--job", "x"), "cannot read the input from stdin: it is closed")
+    for command in (["results", "x"], ["submit", "prompts.jsonl", "-o", "-"]):
+        assert_one_line(*run_in(">&-", *command), "cannot write the results to stdout: it is closed, name a file")
+    assert here("jobs", database_url=settings["database_url"]).stdout == ""
+    assert run_in("2>&-", "submit", "prompts.jsonl") == (0, "")
+    assert run_in("2>&-", "submit", "nothing.jsonl") == (1, "")
 
 
 def test_run_with_its_state_on_a_full_disk(millrace: Invoke, small_disk: SmallDisk, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_answers_and_errors_may_be_apart_in_files_of_different_kinds(tmp_path: P
         ("r.csv", b"\xff\n", "not well-formed CSV"),
         ("r.csv", b"", "its columns are not those"),
         ("r.parquet", b"PAR1", "no whole Parquet file"),
-        ("r.csv.gz", b"nothing", "is damaged behind row 0, as gzip is"),
+        ("r.csv.gz", b"nothing", "is damaged behind row 0, read as gzip: write it anew"),
     ],
 )
 def test_what_is_no_file_of_results_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:
