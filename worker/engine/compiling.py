@@ -5,6 +5,7 @@ layers stays as it is. Attention is opaque to the compiler: see `attention`.
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ from worker.engine.probe import WholeStep, probe_tokens
 
 log = logging.getLogger("millrace.engine")
 
+#: Tokens that the layers are compiled with on a GPU. Their number is left open, but the compiler cuts its kernels for
+#: what it sees first: for the probe's few tokens, so small that half of a multiprocessor's warps find no place.
+_GPU_TOKENS = 1024
+
 
 @torch.inference_mode()
 def compile_layers(model: Any, config: Any, num_layers: int) -> bool:
@@ -36,9 +41,11 @@ def compile_layers(model: Any, config: Any, num_layers: int) -> bool:
                 module.register_buffer(LAYER_BUFFER, torch.tensor(number, device="cpu"), persistent=False)
         layer.compile(dynamic=True, fullgraph=True)
     started = time.perf_counter()
+    few = probe_tokens(model, config)
+    tokens = probe_tokens(model, config, _GPU_TOKENS) if few.is_cuda else few
     try:
         with attention.running(WholeStep()):
-            model(input_ids=probe_tokens(model, config).unsqueeze(0), use_cache=False)
+            model(input_ids=tokens.unsqueeze(0), use_cache=False)
     except (RuntimeError, TypeError, AttributeError) as error:  # torch's own errors are RuntimeErrors
         for layer in layers:
             layer._compiled_call_impl = None
@@ -55,6 +62,7 @@ def building_sampler(vocab_size: int, dtype: torch.dtype, device: torch.device) 
     if triton_obstacle(device) is not None:
         yield
         return
+    keep_one_cache()
 
     def build() -> None:
         from worker.engine.kernels.sampling import build
@@ -70,6 +78,14 @@ def building_sampler(vocab_size: int, dtype: torch.dtype, device: torch.device) 
         yield
     finally:
         thread.join()
+
+
+def keep_one_cache() -> None:
+    """Triton's own folder for all compiled kernels. torch.compile would set another one in passing, whenever it first
+    has something to compile: what is compiled after that would not be found by a process that has nothing to."""
+    from triton import knobs
+
+    os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
 
 
 @contextmanager

@@ -133,8 +133,8 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def probe_tokens(model: Any, config: Any) -> Tensor:
-    num = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+def probe_tokens(model: Any, config: Any, num: int = _TOKENS) -> Tensor:
+    num = min(num, getattr(config, "max_position_embeddings", None) or num)
     device: torch.device = model.get_input_embeddings().weight.device
     return torch.arange(num, device=device) * 7 % int(config.vocab_size)
 
