@@ -28,7 +28,7 @@ from torch import Tensor
 from worker.engine.kernels.decode_variant import DECODE, PREFIX, DecodeVariant
 from worker.engine.kernels.kv_write import write_kv
 from worker.engine.kernels.paged_decode import decode, plan_decode
-from worker.engine.kernels.paged_prefill import prefill
+from worker.engine.kernels.paged_prefill import LARGE, PrefillPlan, PrefillVariant, plan_prefill, prefill
 from worker.engine.kernels.plain import plain_decode, plain_prefill, plain_score_tokens
 from worker.engine.kernels.prefix_groups import PrefixGroups
 from worker.engine.kernels.token_scores import score_tokens
@@ -53,6 +53,19 @@ PREFIX_VARIANTS = [
     PREFIX,
     replace(PREFIX, is_nested=False, programs_per_sm=1),
     replace(PREFIX, programs_per_sm=1),
+]
+PREFILL_VARIANTS = [
+    PrefillVariant(),
+    PrefillVariant(is_split=False),
+    PrefillVariant(num_stages=2),
+    PrefillVariant(keys=64),
+    PrefillVariant(queries=128, keys=64, num_warps=8),
+]
+LARGE_PREFILL_VARIANTS = [
+    LARGE,
+    replace(LARGE, queries=64),
+    replace(LARGE, queries=64, keys=64, num_stages=2),
+    replace(LARGE, queries=64, num_warps=4),
 ]
 #: Bytes that the layers of one graph read at least, several times an L2 cache.
 MIN_BYTES = 1 << 29
@@ -356,56 +369,73 @@ def index_copy_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, 
 
 def time_prefill(report: Report) -> None:
     """Pieces of 16384 tokens in all, as a step of prompts has them, against flash-attn 2 on the same blocks."""
-    lens = np.array(uniform_lens(29, 100, 1024), dtype=np.int64)
+    shapes = {"29 x 100..1024": uniform_lens(29, 100, 1024), "4 x 4096": [4096] * 4, "1 x 16384": [16_384]}
     for name, heads in HEADS.items():
-        for block_size in (64, 256):
-            pieces = Pieces(lens, heads, block_size)
-            what = f"prefill {name} {lens.sum()} tokens, block {block_size}"
-            report.add(f"check {what}", pieces.errors)
-            report.add(what, functools.partial(pieces.measure, pieces.run))
-            if block_size == 256:
-                report.add(f"{what}, flash-attn-2", functools.partial(pieces.measure, pieces.run_flash))
+        for shape, lens in shapes.items():
+            for block_size in (64, BLOCK_SIZE) if len(lens) > 4 else (BLOCK_SIZE,):
+                time_pieces(report, f"prefill {name} {shape}, block {block_size}", lens, heads, HEAD_DIM, block_size)
+    time_pieces(report, "prefill 8/4 of 256, 29 x 100..1024", uniform_lens(29, 100, 1024), (8, 4), 256, BLOCK_SIZE)
+
+
+def time_pieces(
+    report: Report, what: str, lens: list[int], heads: tuple[int, int], head_dim: int, block_size: int
+) -> None:
+    pieces = Pieces(np.array(lens, dtype=np.int64), heads, head_dim, block_size)
+    for variant in PREFILL_VARIANTS if head_dim == HEAD_DIM else LARGE_PREFILL_VARIANTS:
+        run = functools.partial(pieces.run, variant)
+        name = f"q{variant.queries} k{variant.keys} w{variant.num_warps} s{variant.num_stages}"
+        name = f"{what} {name}{'' if variant.is_split else ' in one loop'}"
+        report.add(f"check {name}", functools.partial(pieces.errors, run))
+        report.add(name, functools.partial(pieces.measure, run))
+    if block_size == BLOCK_SIZE:
+        report.add(f"{what}, flash-attn-2", functools.partial(pieces.measure, pieces.run_flash))
 
 
 class Pieces:
     """Whole prompts over scattered blocks."""
 
-    def __init__(self, lens: Int64s, heads: tuple[int, int], block_size: int) -> None:
-        self.lens, num_per_piece = lens, -(-int(lens.max()) // block_size)
+    def __init__(self, lens: Int64s, heads: tuple[int, int], head_dim: int, block_size: int) -> None:
+        self.lens, self._scale, num_per_piece = lens, head_dim**-0.5, -(-int(lens.max()) // block_size)
         num_blocks = len(lens) * num_per_piece
         self.tables = torch.randperm(num_blocks, device=DEVICE).view(len(lens), -1).int()
-        shape = (num_blocks, block_size, heads[1], HEAD_DIM)
+        shape = (num_blocks, block_size, heads[1], head_dim)
         self.caches = torch.randn(2, *shape, device=DEVICE, dtype=torch.bfloat16)
-        self.query = torch.randn(int(lens.sum()), heads[0], HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+        self.query = torch.randn(int(lens.sum()), heads[0], head_dim, device=DEVICE, dtype=torch.bfloat16)
         self.cu_lens = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=DEVICE)
+        self._plans: dict[PrefillVariant, PrefillPlan] = {}
 
-    def run(self) -> Tensor:
-        cu_lens = self.cu_lens, self.cu_lens
-        return prefill(self.query, self.caches[0], self.caches[1], self.tables, *cu_lens, self.lens, scale=SCALE)
+    def run(self, variant: PrefillVariant) -> Tensor:
+        plan = self._plans.get(variant)
+        if plan is None:
+            lens = self.lens, self.lens
+            num_shared = self.query.shape[1] // self.caches.shape[3]
+            plan = plan_prefill(*lens, num_shared, self.query.shape[2], self.query.device, variant)
+            self._plans[variant] = plan
+        return prefill(self.query, self.caches[0], self.caches[1], self.tables, plan, scale=self._scale)
 
     def run_flash(self) -> Any:
         from flash_attn import flash_attn_varlen_func
 
         longest = int(self.lens.max())
         lens = {"cu_seqlens_q": self.cu_lens, "cu_seqlens_k": self.cu_lens}
-        options = {"max_seqlen_q": longest, "max_seqlen_k": longest, "causal": True, "softmax_scale": SCALE}
+        options = {"max_seqlen_q": longest, "max_seqlen_k": longest, "causal": True, "softmax_scale": self._scale}
         return flash_attn_varlen_func(self.query, *self.caches, block_table=self.tables, **lens, **options)
 
     def measure(self, run: Callable[[], object]) -> dict[str, Any]:
         seconds = time_graph(run, 1)
-        num_flops = 2 * int((self.lens * (self.lens + 1)).sum()) * self.query.shape[1] * HEAD_DIM
+        num_flops = 2 * int((self.lens * (self.lens + 1)).sum()) * self.query[0].numel()
         return {"us": seconds * 1e6, "TFLOP/s": num_flops / seconds / 1e12}
 
-    def errors(self) -> dict[str, Any]:
+    def errors(self, run: Callable[[], Tensor]) -> dict[str, Any]:
         """Of some pieces' last tokens, against the twin in float64."""
-        output = self.run()
+        output = run()
         differences = []
         for i in (0, len(self.lens) // 2, len(self.lens) - 1):
             blocks, end = self.tables[i].long(), int(self.cu_lens[i + 1])
             table = torch.arange(len(blocks), device=DEVICE)[None, :].int()
             keys, values = (cache[blocks].double() for cache in self.caches)
             query = self.query[end - 40 : end].double()
-            expected = plain_prefill(query, keys, values, table, [40], [int(self.lens[i])], scale=SCALE)
+            expected = plain_prefill(query, keys, values, table, [40], [int(self.lens[i])], scale=self._scale)
             differences.append(float((output[end - 40 : end].double() - expected).abs().max()))
         return {"error": max(differences), "wrong": not max(differences) < 0.02}
 

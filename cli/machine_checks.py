@@ -92,8 +92,8 @@ def check_device(settings: Settings) -> Iterator[Finding]:
     yield ok("device", f"{device} in {str(dtype).removeprefix('torch.')}")
     backend = choose_backend(settings.engine.attention, device, dtype)
     obstacle = flash_attention_obstacle(device, dtype) if settings.engine.attention == "auto" else None
-    facts = f"{backend.name}{f': {obstacle}' if obstacle else ''}"
-    if obstacle and device.type == "cuda":
+    facts = f"{backend.name}{f'; without flash-attn: {obstacle}' if obstacle else ''}"
+    if obstacle and device.type == "cuda" and backend.name == "sdpa":
         yield warning("attention", facts, "pip install '.[flash-attn]' in Millrace's folder: sdpa is much slower")
     else:
         yield ok("attention", facts)

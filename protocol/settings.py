@@ -85,7 +85,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     layout: str = "auto"
     """Of a step: packed in one flat row, or padded to a rectangle; auto packs where the model allows it."""
     attention: str = "auto"
-    """The attention backend; auto is triton on CUDA, with flash-attn-2 for prompts where it is installed, else sdpa."""
+    """The attention backend; auto is triton on CUDA, else flash-attn-2 where it is installed, else sdpa."""
     max_model_len: int | None = None
     """Tokens of one Sequence, prompt and output together; unset: what the model's config says."""
     kv_tokens: int | None = None

@@ -93,19 +93,21 @@ def test_decode_compiles_for_hopper(heads: int, kv_heads: int, head_dim: int, mo
         assert "cp.async.cg.shared.global" in kernel.ptx  # 16 bytes each
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "block_size"), [(16, 8, 128, 64), (8, 4, 256, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "block_size"), [(16, 8, 128, 64), (32, 8, 128, 256), (8, 4, 256, 64)]
+)
 def test_prefill_compiles_for_hopper(heads: int, kv_heads: int, head_dim: int, block_size: int) -> None:
     from tests.engine.ahead_of_time import SHARED_BYTES, compiled
-    from worker.engine.kernels.paged_prefill import prefill
+    from worker.engine.kernels.paged_prefill import plan_prefill, prefill
 
     query = torch.zeros(300, heads, head_dim, dtype=torch.bfloat16)
     k_cache, v_cache = torch.zeros(2, 2, block_size, kv_heads, head_dim, dtype=torch.bfloat16)
-    cu_lens, tables = torch.tensor([0, 100, 300], dtype=torch.int32), torch.zeros(2, 16, dtype=torch.int32)
+    lens, tables = np.array([100, 200]), torch.zeros(2, 16, dtype=torch.int32)
+    plan = plan_prefill(lens, lens, heads // kv_heads, head_dim, query.device)
 
     with compiled() as found:
         for window in (None, 64):
-            lens = np.array([100, 200])
-            prefill(query, k_cache, v_cache, tables, cu_lens, cu_lens, lens, scale=0.1, window=window)
+            prefill(query, k_cache, v_cache, tables, plan, scale=0.1, window=window)
 
     for kernel in found:
         assert kernel.shared_bytes <= SHARED_BYTES

@@ -220,22 +220,18 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     obstacles = {"triton": triton_obstacle(device), "flash-attn-2": flash_attention_obstacle(device, dtype)}
     if obstacle := obstacles.get(name):
         raise ConfigurationError(f"engine.attention={name!r} cannot run here: {obstacle}; use auto or sdpa")
-    if name == "auto" and device.type == "cuda":
-        for obstacle in filter(None, obstacles.values()):
-            log.warning("a faster attention backend cannot run: %s", obstacle)
-    if name != "sdpa" and obstacles["flash-attn-2"] is None:
-        from worker.engine.backends.flash_attention import FlashAttentionBackend
-
-        flash = FlashAttentionBackend()
-        if name == "flash-attn-2" or obstacles["triton"] is not None:
-            return flash
+    if name == "auto":
+        name = next((faster for faster, obstacle in obstacles.items() if obstacle is None), "sdpa")
+        if device.type == "cuda" and name != "triton":
+            log.warning("a faster attention backend cannot run: %s", obstacles["triton"])
+    if name == "triton":
         from worker.engine.backends.triton import TritonBackend
 
-        return TritonBackend(flash)
-    if name != "sdpa" and obstacles["triton"] is None:
-        from worker.engine.backends.triton import TritonBackend, TritonPrefill
+        return TritonBackend()
+    if name == "flash-attn-2":
+        from worker.engine.backends.flash_attention import FlashAttentionBackend
 
-        return TritonBackend(TritonPrefill())
+        return FlashAttentionBackend()
     from worker.engine.backends.sdpa import SDPABackend
 
     return SDPABackend()

@@ -16,7 +16,7 @@ from tests.engine.reference import (
     settings_for,
 )
 from worker.engine import engine as engine_module
-from worker.engine.backends.triton import TritonBackend, TritonPrefill
+from worker.engine.backends.triton import TritonBackend
 from worker.engine.engine import Engine
 
 
@@ -29,7 +29,7 @@ def test_text_of_the_triton_backend_equals_transformers(
     ends = random_prompts(3, seed=6, max_len=20)
     prompts = [*(stem[:66] + end for end in ends), *random_prompts(1, seed=7, max_len=60)]
     expected = make_reference(tmp_path, prompts, num_tokens=4)
-    monkeypatch.setattr(engine_module, "choose_backend", lambda *arguments: TritonBackend(TritonPrefill()))
+    monkeypatch.setattr(engine_module, "choose_backend", lambda *arguments: TritonBackend())
     monkeypatch.setattr(shared_prefixes, "_MIN_SAVED_TOKENS", 1)
     monkeypatch.setattr(shared_prefixes, "_MIN_SAVED_SHARE", 0)
     num_grouped: list[int] = []

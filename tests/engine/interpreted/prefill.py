@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from worker.engine.kernels import paged_prefill
+from worker.engine.kernels.paged_prefill import PrefillVariant, plan_prefill, prefill
 from worker.engine.kernels.plain import plain_prefill
 
 #: A prompt, a piece behind what is computed already, one token, one more than a tile of queries, one of one block.
 QUERY_LENS, KV_LENS = [20, 7, 1, 17, 16], [20, 50, 1, 40, 16]
 
 
+@pytest.mark.parametrize("is_split", [True, False])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "block_size", "terms", "dtype"),
     [
         (4, 2, 32, 16, {}, torch.float32),
         (3, 1, 24, 64, {}, torch.float16),
         (2, 2, 16, 32, {"window": 9}, torch.float32),
+        (8, 2, 16, 16, {"softcap": 1.5}, torch.float32),
         (2, 1, 16, 16, {"window": 20, "softcap": 1.5}, torch.float32),
     ],
 )
@@ -29,10 +31,8 @@ def test_prefill_equals_its_twin(
     block_size: int,
     terms: dict[str, Any],
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    is_split: bool,
 ) -> None:
-    monkeypatch.setattr(paged_prefill, "_QUERIES", 16)
-    monkeypatch.setattr(paged_prefill, "_KEYS", 16)
     torch.manual_seed(0)
     num_per_piece = -(-max(KV_LENS) // block_size)
     num_blocks = num_per_piece * len(KV_LENS) + 1
@@ -47,10 +47,9 @@ def test_prefill_equals_its_twin(
         query.double(), k_cache.double(), v_cache.double(), tables, QUERY_LENS, KV_LENS, scale=0.2, **terms
     )
 
-    cu_query_lens, cu_kv_lens = (
-        torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32) for lens in (QUERY_LENS, KV_LENS)
-    )
-    lens = np.array(QUERY_LENS)
-    found = paged_prefill.prefill(query, k_cache, v_cache, tables, cu_query_lens, cu_kv_lens, lens, scale=0.2, **terms)
+    variant = PrefillVariant(queries=16, keys=16, is_split=is_split)
+    lens = np.array(QUERY_LENS), np.array(KV_LENS)
+    plan = plan_prefill(*lens, heads // kv_heads, head_dim, query.device, variant)
+    found = prefill(query, k_cache, v_cache, tables, plan, scale=0.2, **terms)
 
     assert (found.double() - expected).abs().max() < {torch.float32: 2e-6, torch.float16: 2e-3}[dtype]

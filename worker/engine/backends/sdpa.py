@@ -31,10 +31,10 @@ class SDPABackend:
         if num_decode:
             parts.append(self._decode(query[:num_decode], k_cache, v_cache, step, terms))
         if len(step.query_lens):
-            parts.append(self.attend_prefill(query[num_decode:], k_cache, v_cache, step, terms))
+            parts.append(self._attend_pieces(query[num_decode:], k_cache, v_cache, step, terms))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def attend_prefill(
+    def _attend_pieces(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
         """query (P, H, E) of the prefill pieces alone."""

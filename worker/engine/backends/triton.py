@@ -1,9 +1,9 @@
-"""TritonBackend: decode by our own kernels, which share the reading of common prefixes; prefill by another backend.
+"""TritonBackend: our own kernels, which share the reading of common prefixes among the rows of a decode step.
 
 Letters: P tokens of prefill pieces, H query heads, E head size.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,46 +11,19 @@ from torch import Tensor
 from worker.engine.attention import AttentionStep, AttentionTerms
 from worker.engine.kernels.decode_variant import choose_variant
 from worker.engine.kernels.paged_decode import DecodePlan, decode, plan_decode
-from worker.engine.kernels.paged_prefill import prefill
+from worker.engine.kernels.paged_prefill import plan_prefill, prefill
 from worker.engine.kernels.prefix_groups import PrefixGroups
 
 #: Queries of one key/value head that attend to a shared prefix in one tile: what a tensor core's largest tile takes.
 _PREFIX_QUERIES = 64
 
 
-class Prefill(Protocol):
-    name: str
-    block_size: int
-
-    def attend_prefill(
-        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
-    ) -> Tensor:
-        """query (P, H, E) of the step's prefill pieces alone, result (P, H, E)."""
-
-
-class TritonPrefill:
-    """Prefill by a kernel of our own, where no faster one is installed."""
-
+class TritonBackend:
     name = "triton"
     #: Small ones share more, and a tile of the kernels lies in one.
     block_size = 64
-
-    def attend_prefill(
-        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
-    ) -> Tensor:
-        lens = step.cu_query_lens, step.cu_kv_lens, step.query_lens
-        options: dict[str, Any] = {"scale": terms.scale, "window": terms.window, "softcap": terms.softcap}
-        return prefill(query, k_cache, v_cache, step.prefill_tables, *lens, **options)
-
-
-class TritonBackend:
     is_capturable = True
     shares_prefixes = True
-
-    def __init__(self, prefill: Prefill) -> None:
-        self._prefill = prefill
-        self.name = "triton" if prefill.name == "triton" else f"triton, prefill by {prefill.name}"
-        self.block_size = prefill.block_size
 
     def attend(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
@@ -60,7 +33,7 @@ class TritonBackend:
         if num_decode:
             parts.append(self._decode(query[:num_decode], k_cache, v_cache, step, terms))
         if len(step.query_lens):
-            parts.append(self._prefill.attend_prefill(query[num_decode:], k_cache, v_cache, step, terms))
+            parts.append(self._attend_pieces(query[num_decode:], k_cache, v_cache, step, terms))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(
@@ -94,6 +67,17 @@ class TritonBackend:
             )
         own_plan: DecodePlan = step.plans[key]
         return decode(query, k_cache, v_cache, own_plan, prefix=prefix, **options)[0]
+
+    def _attend_pieces(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
+    ) -> Tensor:
+        """query (P, H, E) of the prefill pieces alone."""
+        num_shared, head_dim = query.shape[1] // k_cache.shape[2], query.shape[2]
+        key = "prefill", num_shared, head_dim
+        if key not in step.plans:
+            step.plans[key] = plan_prefill(step.query_lens, step.kv_lens, num_shared, head_dim, query.device)
+        options: dict[str, Any] = {"scale": terms.scale, "window": terms.window, "softcap": terms.softcap}
+        return prefill(query, k_cache, v_cache, step.prefill_tables, step.plans[key], **options)
 
 
 def _split(groups: PrefixGroups, num_members: int) -> PrefixGroups:
