@@ -132,7 +132,7 @@ def _model_map(_context: click.Context, _parameter: click.Parameter, pairs: tupl
     return model_map
 
 
-def _not_empty(_context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:
+def not_empty(_context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:
     if name == "":
         raise click.BadParameter("the name is empty.")
     return name
@@ -142,7 +142,7 @@ job_option = click.option(
     "--job",
     "name",
     metavar="NAME",
-    callback=_not_empty,
+    callback=not_empty,
     help="Name the Job; the same name goes on with it, whatever the input: once all lines are in, it is not read "
     "again. Needed for stdin. Default: equal input, options and model are the same Job.",
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.interrupts import Interrupts
-from cli.options import job_option, reading_options, retry_option, sampling_options, showing_options
+from cli.options import job_option, not_empty, reading_options, retry_option, sampling_options, showing_options
 from cli.output import STDIN, Output, Showing, check_output, shown_output
 from cli.standard_streams import stdin
 from protocol.sampling import SamplingParams
@@ -43,7 +43,14 @@ _OUTPUT_HELP = (
 @click.option("--model-name", metavar="NAME", help="The name that lines of the input ask for.")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
 @click.option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; auto suits the device.")
-@click.option("--state", metavar="DIR", default=".millrace", show_default=True, help="Where ledger and logs are kept.")
+@click.option(
+    "--state",
+    metavar="DIR",
+    default=".millrace",
+    show_default=True,
+    callback=not_empty,
+    help="Where ledger and logs are kept.",
+)
 @retry_option
 @job_option
 @reading_options

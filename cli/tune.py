@@ -1,5 +1,6 @@
 """`millrace tune`."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +66,9 @@ def command(
     check_worker_packages()
     _check_extra()
     path = settings or default_settings_file()
+    _check_place("chart", chart)
+    if not dry_run:
+        _check_place("settings", path)
     points = _measure_all(loaded.engine, sequences, tokens, seconds, length)
     if not points:
         raise ConfigurationError("nothing was measured")
@@ -113,6 +117,13 @@ def _measure_all(
     except KeyboardInterrupt:
         click.echo("stopped: the best of what there is", err=True)
     return points
+
+
+def _check_place(option: str, path: Path) -> None:
+    """Before minutes of measuring."""
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigurationError(f"cannot write {path}: name a file where you may write with --{option} FILE")
 
 
 def _check_extra() -> None:

@@ -28,6 +28,7 @@ from protocol.requests import Endpoint, Failure, Request, Result
 _MAX_MESSAGE_LENGTH = 400
 
 _BOM = b"\xef\xbb\xbf"
+_NOT_UTF8 = "the line is not valid UTF-8: save the file as UTF-8"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -117,14 +118,24 @@ def _is_half_a_pair(raw: bytes) -> bool:
     return True
 
 
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _decode_object(raw: bytes) -> dict[str, Any]:
     try:
         fields = msgspec.json.decode(raw)
     except UnicodeDecodeError as error:
-        raise InvalidRequest("invalid_utf8", "the line is not valid UTF-8: save the file as UTF-8") from error
+        raise InvalidRequest("invalid_utf8", _NOT_UTF8) from error
     except msgspec.DecodeError as error:
         if _is_half_a_pair(raw):
             raise InvalidRequest("invalid_utf8", "the line has half of a surrogate pair: leave it out") from error
+        if not _is_utf8(raw):
+            raise InvalidRequest("invalid_utf8", _NOT_UTF8) from error
         raise InvalidRequest("invalid_json", f"the line cannot be read as JSON: {error}") from error
     except RecursionError as error:
         raise InvalidRequest("invalid_json", "the line's JSON is nested too deeply") from error

@@ -45,6 +45,15 @@ def test_tune_refuses_what_is_no_list_of_numbers(millrace: Invoke) -> None:
     assert "'many' is no list of whole numbers" in result.output
 
 
+@pytest.mark.parametrize("option", ["--chart", "--settings"])
+def test_tune_measures_nothing_that_it_could_not_write_down(millrace: Invoke, option: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in ("nowhere/x", "file/x"):
+        result = millrace("tune", BUNDLED, option, place)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr == f"Error: cannot write {place}: name a file where you may write with {option} FILE\n"
+
+
 def test_of_nearly_equal_throughput_the_lower_latency_is_best() -> None:
     slow = Point(1024, 8192, 1000.0, 2000.0, 40.0, 50.0, 1)
     quick = Point(256, 8192, 985.0, 2000.0, 10.0, 20.0, 1)

@@ -206,6 +206,7 @@ def test_unsupported_parameter_is_refused_by_name(name: str, value: object) -> N
         (b'{"prompt": "Hi"} {}', "invalid_json", "trailing characters"),
         (b'{"prompt": NaN}', "invalid_json", "invalid character"),
         (b'{"prompt": "\xff"}', "invalid_utf8", "not valid UTF-8"),
+        ("\ufeff{}".encode("utf-16-le"), "invalid_utf8", "save the file as UTF-8"),
         (b'{"prompt": "\\udc00"}', "invalid_utf8", "half of a surrogate pair"),
         (b'{"prompt": "\\uD800"}', "invalid_utf8", "half of a surrogate pair"),
         (encode_item("a\ud800"), "invalid_utf8", "half of a surrogate pair"),
