@@ -15,7 +15,7 @@ from protocol.reading.parameters import PARAMETERS
 #: Keywords whose names may be shown; any other may be a caller's own words.
 _NAMES = PARAMETERS | {
     "prompt", "messages", "context", "continuation", "text", "input", "model", "kind", "dimensions", "encoding_format",
-    "top_logprobs",
+    "max_completion_tokens", "top_logprobs",
 }  # fmt: skip
 
 

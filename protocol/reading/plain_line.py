@@ -6,16 +6,18 @@ from typing import Any, get_args
 from protocol.errors import InvalidRequest
 from protocol.reading.fields import CARRIED_FIELDS, LineHead, check_model, quoted, read_prompt, refuse_field
 from protocol.reading.messages import read_messages
-from protocol.reading.parameters import PARAMETERS, read_params, with_logprobs
+from protocol.reading.parameters import PARAMETERS, read_params, with_logprobs, with_max_tokens
 from protocol.requests import Kind, Request
 
 _FIELDS = frozenset({"id", "custom_id", "model", "prompt", "messages", "kind", *CARRIED_FIELDS})
+#: Other spellings of parameters.
+_SPELLINGS = frozenset({"max_completion_tokens", "top_logprobs"})
 
 
 def read_plain(fields: Mapping[str, Any], head: LineHead) -> Request:
     """Raises InvalidRequest."""
     for name in fields:
-        if name not in _FIELDS and name not in PARAMETERS and name != "top_logprobs":
+        if name not in _FIELDS and name not in PARAMETERS and name not in _SPELLINGS:
             refuse_field(name)
     if fields.get("kind") not in (None, "generate"):
         raise InvalidRequest(
@@ -36,5 +38,5 @@ def read_plain(fields: Mapping[str, Any], head: LineHead) -> Request:
         messages=None if messages is None else read_messages(messages),
         custom_id=head.custom_id,
         carried=head.carried,
-        params=read_params(with_logprobs(fields, "plain")),
+        params=read_params(with_logprobs(with_max_tokens(fields), "plain")),
     )

@@ -297,6 +297,9 @@ def test_differing_names_for_max_tokens_are_refused_and_equal_ones_accepted() ->
 
     assert refusal(batch_line(messages=messages, max_tokens=5, max_completion_tokens=6))[0] == "invalid_parameter"
     assert isinstance(read(batch_line(messages=messages, max_tokens=5, max_completion_tokens=5))[0], Request)
+    (plain,) = read(b'{"prompt": "Hi", "max_completion_tokens": 7}')
+    assert isinstance(plain, Request)
+    assert plain.params.max_tokens == 7
 
 
 def test_refused_line_keeps_its_custom_id_and_endpoint() -> None:
