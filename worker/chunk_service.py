@@ -43,7 +43,7 @@ _RETRY_S = 1.0
 _MAX_RETRY_S = 10.0
 #: How often a worker that is to stop looks whether everything is finished.
 _DRAIN_LOOK_S = 0.05
-#: How often cancelled Jobs and passed deadlines are looked for among what runs.
+#: How often cancelled Jobs are looked for among what runs.
 _WATCH_INTERVAL_S = 0.5
 #: Rows waiting to be committed at which nothing more is taken in: known answers pass no engine that would slow them.
 _MAX_BACKLOG = 8192
@@ -339,10 +339,9 @@ class ChunkService:
             self._drop_lost(lambda held: renew(self._ledger, self.owner, held, self.settings.lease_seconds))
 
     def _watch(self) -> None:
-        """A cancelled Job's Sequences, and those whose deadline has passed, leave the engine within a moment."""
+        """A cancelled Job's Sequences leave the engine within a moment."""
         while not self._is_stopping.wait(_WATCH_INTERVAL_S):
             self._flights.beat()
-            self.inference.expire()
             self._look_after_followers()
             self._drop_lost(lambda held: still_leased(self._ledger, self.owner, held))
 

@@ -1,5 +1,6 @@
 """Followers: pieces whose answers another worker computes right now. They wait for its answer, or take its place."""
 
+import math
 import threading
 from collections.abc import Callable, Iterable
 
@@ -35,19 +36,33 @@ class Followers:
         with self._lock:
             self._waiting.setdefault(key, []).extend(pieces)
 
-    def expire(self, now: float) -> list[Piece]:
-        """The pieces whose deadline has passed, which wait no longer; those of owners who gave up are forgotten."""
-        late = []
+    def forget_abandoned(self) -> None:
+        """The pieces of owners who gave up."""
         with self._lock:
-            for key, pieces in list(self._waiting.items()):
-                wanted = [piece for piece in pieces if not piece.owner.is_abandoned]
-                late += [piece for piece in wanted if piece.deadline is not None and piece.deadline <= now]
-                left = [piece for piece in wanted if piece.deadline is None or piece.deadline > now]
-                if left:
-                    self._waiting[key] = left
-                else:
-                    del self._waiting[key]
-        return late
+            self._keep(lambda piece: not piece.owner.is_abandoned)
+
+    @property
+    def first_deadline(self) -> float:
+        """Of all who wait, in monotonic seconds; infinity: there is none."""
+        with self._lock:
+            deadlines = [piece.deadline for pieces in self._waiting.values() for piece in pieces]
+        return min((deadline for deadline in deadlines if deadline is not None), default=math.inf)
+
+    def expire(self, now: float) -> list[Piece]:
+        """The pieces whose deadline has passed, which wait no longer."""
+        with self._lock:
+            return self._keep(lambda piece: piece.deadline is None or piece.deadline > now)
+
+    def _keep(self, is_kept: Callable[[Piece], bool]) -> list[Piece]:
+        """Only these wait on; returns the others."""
+        others: list[Piece] = []
+        for key, pieces in list(self._waiting.items()):
+            others += [piece for piece in pieces if not is_kept(piece)]
+            if left := [piece for piece in pieces if is_kept(piece)]:
+                self._waiting[key] = left
+            else:
+                del self._waiting[key]
+        return others
 
     def look(self) -> None:
         """Serve what is known by now, and start what nobody computes any more. Raises DatabaseUnavailable."""

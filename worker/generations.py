@@ -389,6 +389,11 @@ class Generations:
                     cancelled.append(generation)
             self._cancel(cancelled)
 
+    @property
+    def first_deadline(self) -> float:
+        """Of all who wait, in monotonic seconds, or an earlier time; infinity: there is none."""
+        return self._first_deadline
+
     def expire(self, now: float) -> list[Piece]:
         """The pieces whose deadline has passed, which wait no longer; what nobody else waits for is cancelled."""
         expired: list[Piece] = []

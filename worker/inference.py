@@ -15,6 +15,7 @@ from protocol.settings import Settings
 from storage.answers import AnswerCache
 from storage.flights import Flights
 from storage.ledger import Ledger
+from worker.deadline_watch import DeadlineWatch
 from worker.defaults import read_model_defaults
 from worker.engine_group import EngineGroup
 from worker.generations import Done, Generations
@@ -51,7 +52,8 @@ class Inference:
         self._settings = settings
         self._ledger, self._cache, self._flights = ledger, cache, flights
         self._model_folder = model_folder
-        self._on_room = on_room
+        self._on_room, self._on_fatal = on_room, on_fatal
+        self._deadlines = DeadlineWatch(self._expire)
         self._engines = EngineGroup(
             settings.engine,
             engine_module,
@@ -91,13 +93,16 @@ class Inference:
             context_tokens=min(min(engine.max_model_len, engine.kv_tokens) for engine in ready),
             generations=self._generations,
             flights=self._flights,
+            on_deadline=self._deadlines.note,
         )
+        self._deadlines.start()
         self._intake_tokens = self._settings.intake_tokens or _INTAKE_KV_CACHES * sum(
             engine.kv_tokens for engine in ready
         )
 
     def stop(self) -> None:
         """Ends the engines; what they still owe is never settled."""
+        self._deadlines.stop()
         self._engines.stop()
 
     def has_room(self, rank: int) -> bool:
@@ -126,16 +131,8 @@ class Inference:
     def abandon(self, *owners: Owner) -> None:
         """The owners wait no longer: what nobody else waits for is cancelled."""
         self._generations.abandon(*owners)
+        self._preparation.followers.forget_abandoned()
         self._on_room()
-
-    def expire(self) -> None:
-        """End what waits for longer than it may; to be called now and then."""
-        now = time.monotonic()
-        late = [*self._generations.expire(now), *self._preparation.followers.expire(now)]
-        for piece in late:
-            piece.owner.settle(too_late(piece))
-        if late:
-            self._on_room()
 
     def committed(self, keys: Iterable[bytes]) -> None:
         """These answers can be found in the database from now on."""
@@ -184,6 +181,20 @@ class Inference:
             "kv_tokens_used": num_used * ready.block_size if ready.task == "generate" else 0,
             "host_gap_seconds": round(counts.host_gap_s, 3),
         }
+
+    def _expire(self) -> float:
+        """End what waits for longer than it may; the engine frees its blocks before its next step."""
+        generations, followers, now = self._generations, self._preparation.followers, time.monotonic()
+        late = [*generations.expire(now), *followers.expire(now)]
+        try:
+            for piece in late:
+                piece.owner.settle(too_late(piece))
+        except Exception:
+            logger.exception("what is late could not be ended")
+            self._on_fatal("what is late could not be ended; see the traceback above")
+        if late:
+            self._on_room()
+        return min(generations.first_deadline, followers.first_deadline)
 
     def _settle(self, done: list[Done]) -> None:
         """What a step has finished: a Result for everyone who waits for it."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from protocol.requests import Answer, Kind, Result
-from worker.reply import Reply, error_of
+from worker.reply import CallExpired, Reply, error_of
 
 #: More urgent than any Job's. Among themselves calls go by the message's priority, of which Redis serves 0 first.
 _URGENCY = -1_000_000
@@ -30,6 +30,10 @@ class Ticket(Protocol):
     @property
     def priority(self) -> int:
         """Of the message, 0 to 9."""
+
+    @property
+    def expires_in_s(self) -> float | None:
+        """Seconds until the caller wants no answer any more; None: never."""
 
     def complete(self, outcome: Reply | Exception) -> None:
         """Tell the caller, then ack."""
@@ -59,6 +63,8 @@ class OpenCall:
         self.priority = _URGENCY + ticket.priority
         self._keep, self._on_end = keep, on_end
         self._started = time.monotonic()
+        expires_in_s = ticket.expires_in_s
+        self.deadline = None if expires_in_s is None else self._started + expires_in_s
         self._lock = threading.Lock()
         self._num_owed = 0
         self._results: dict[int, Result] = {}
@@ -90,4 +96,7 @@ class OpenCall:
     def _outcome(self) -> Reply | Exception:
         results = [self._results[sample] for sample in sorted(self._results)]
         failures = [result.failure for result in results if result.failure is not None]
+        if self.deadline is not None and any(failure.code == "deadline_exceeded" for failure in failures):
+            is_expired = self.deadline <= time.monotonic()  # or the Request's own timeout has passed
+            return CallExpired() if is_expired else error_of(failures[0])
         return error_of(failures[0]) if failures else Reply(results)

@@ -64,6 +64,10 @@ class OpenChunk:
         # How long ago that was, the database's clock says.
         return self.started + self.lease.submitted_at - self.lease.claimed_at
 
+    @property
+    def deadline(self) -> float | None:
+        return None
+
     def abandon(self) -> None:
         self.is_abandoned = True
 

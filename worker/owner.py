@@ -33,6 +33,10 @@ class Owner(Protocol):
         """When its Requests were submitted, in monotonic seconds here; timeouts count from then."""
 
     @property
+    def deadline(self) -> float | None:
+        """Until when it waits at all, in monotonic seconds; None: as long as its Requests may take."""
+
+    @property
     def is_abandoned(self) -> bool:
         """Set by `abandon`, for good: nothing is started for it any more."""
 

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -29,11 +29,13 @@ UNSET_PARAMS = SamplingParams()
 #: Seconds without another look into a database that is away, for those who can do without: each try takes a second.
 _LEDGER_REST_S = 5.0
 
+
 _encode = msgspec.msgpack.Encoder().encode
 
 
 class Preparation:
-    """Thread-safe. `context_tokens` is the longest prompt and output together that the engine can hold."""
+    """Thread-safe. `context_tokens` is the longest prompt and output together that the engine can hold; `on_deadline`
+    is told of the first deadline (monotonic seconds) among what it starts."""
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class Preparation:
         context_tokens: int,
         generations: Generations,
         flights: Flights,
+        on_deadline: Callable[[float], None],
     ) -> None:
         self._ledger = ledger
         self._cache = cache
@@ -55,6 +58,7 @@ class Preparation:
         self._context_tokens = context_tokens
         self._generations = generations
         self._no_ledger_until = 0.0
+        self._on_deadline = on_deadline
         self._flights = flights
         self.followers = Followers(ledger, cache, flights, settle=_settle_known, start=self._start)
 
@@ -113,8 +117,7 @@ class Preparation:
                 if (request.line, 0) not in done:
                     failures.append((request, Failure(error.code, error.message)))
                 continue
-            timeout_s = request.timeout_s(job_params)
-            deadline = None if timeout_s is None else owner.submitted + timeout_s
+            deadline = _deadline(owner, request.timeout_s(job_params))
             for sample, each in enumerate(samples_of(request, params.n)):
                 if (request.line, sample) not in done:
                     key = self._key(owner, each, params, sample)
@@ -173,7 +176,14 @@ class Preparation:
                 self.followers.add(key, twins)
             else:
                 unknown.extend(twins)
+        self._note_deadlines(pieces)
         return unknown
+
+    def _note_deadlines(self, pieces: Iterable[Piece]) -> None:
+        """Once they wait where they can be ended."""
+        first = min((piece.deadline for piece in pieces if piece.deadline is not None), default=None)
+        if first is not None:
+            self._on_deadline(first)
 
     def _find(self, keys: list[bytes], needs_ledger: bool) -> dict[bytes, Answer]:
         if not needs_ledger and time.monotonic() < self._no_ledger_until:
@@ -217,6 +227,7 @@ class Preparation:
             else:
                 piece.owner.settle(failed(piece.request, ids, piece.params, piece.sample, piece.owner))
         self._generations.add(ready, self._context_tokens)
+        self._note_deadlines(piece for piece, _ in ready)
 
     def _encode(self, pieces: Sequence[Piece]) -> dict[int, list[int] | ScoredPrompt | Failure]:
         """By the Request's identity: each is tokenized once, also when it has several samples."""
@@ -305,6 +316,12 @@ def answered(piece: Piece, answer: Answer, *, is_cached: bool) -> Result:
         params=piece.params,
         seconds=piece.owner.seconds,
     )
+
+
+def _deadline(owner: Owner, timeout_s: float | None) -> float | None:
+    """The owner's own or its Request's, whichever comes first."""
+    deadlines = (owner.deadline, None if timeout_s is None else owner.submitted + timeout_s)
+    return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
 
 def too_late(piece: Piece) -> Result:

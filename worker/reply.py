@@ -39,6 +39,10 @@ class Reply:
         return f"{samples}{known}, {num_prompt_tokens} tokens in, {num_tokens} out"
 
 
+class CallExpired(Exception):
+    """Nobody is told of it by this name: Celery has an error of its own for tasks that have expired."""
+
+
 def error_of(failure: Failure) -> Exception:
     """What the caller's `get()` raises. A builtin, since a foreign app has none of our classes."""
     return (RuntimeError if failure.code in _OURS else ValueError)(f"{failure.code}: {failure.message}")

@@ -7,13 +7,14 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from celery.worker import state
 
 from protocol.celery_app import CALL_TASKS, CHUNK_TASK
 from protocol.requests import Kind
-from worker.reply import Reply
+from worker.reply import CallExpired, Reply
 
 if TYPE_CHECKING:
     from worker.pool import EnginePool
@@ -118,6 +119,9 @@ class CallTicket(PoolTicket):
         self.kind: Kind = CALL_TASKS[self._request.type]
         self.args, self.kwargs = self._request.args, self._request.kwargs
         self.priority = int(self._request.delivery_info.get("priority") or 0)
+        expires = self._request.expires
+        #: From its arrival, by the clock of whoever set it.
+        self.expires_in_s = None if expires is None else (expires - datetime.now(UTC)).total_seconds()
         self._timeout_s: float | None = options.get("timeout")
         self._timeout_callback = options["timeout_callback"]
         self._timer: Any = None
@@ -129,7 +133,7 @@ class CallTicket(PoolTicket):
         self._pool.parts.calls.receive(self)
 
     def complete(self, outcome: Reply | Exception) -> None:
-        self._pool.on_hub(self._finish, outcome)
+        self._pool.on_hub(self._expire if isinstance(outcome, CallExpired) else self._finish, outcome)
 
     def revoke(self) -> None:
         """As Celery does with a task that runs when it is asked to terminate it. Runs on the hub."""
@@ -148,6 +152,17 @@ class CallTicket(PoolTicket):
     def _finish(self, outcome: object) -> None:
         self._end_timer()
         super()._finish(outcome)
+
+    def _expire(self, outcome: object) -> None:
+        """The caller is told what Celery tells of a task that has expired before it was begun."""
+        self._end_timer()
+        self._pool.parts.tickets.discard(self)
+        self._free_of_lost_channel()
+        state.revoked.add(self.task_id)  # whatever the clock says that `revoked` looks at
+        try:
+            self._request.revoked()
+        except Exception:
+            logger.exception("the end of task %s, which has expired, could not be reported", self.task_id)
 
     def _forget(self) -> None:
         self._end_timer()

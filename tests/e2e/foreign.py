@@ -17,6 +17,7 @@ from celery.events import EventReceiver
 
 from storage.ledger import Ledger
 from tests.e2e.conftest import PATIENCE_S, ROOT
+from tests.processes import descendants
 
 #: In every prompt; also what the model says begins with it, since its answers are as random as its weights.
 MARKER = "xyzzy-plugh"
@@ -86,6 +87,11 @@ class Beside:
         wait_until(lambda: process.poll() is not None or " ready." in self.log(log).read_text(), "a worker's start")
         assert process.poll() is None, self.log(log).read_text()
         return process
+
+    def engines(self) -> list[int]:
+        """The engine processes of all that was started and runs."""
+        below = [pid for process in self._started for pid in descendants(process.pid)]
+        return [pid for pid in below if b"worker.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def stop_last(self) -> None:
         """Of what was started."""

@@ -3,6 +3,7 @@
 Every prompt holds a marker. The last test looks for it, and for the answers, in all that the others left behind.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -179,6 +180,30 @@ def test_an_expired_call_is_not_computed(app: Celery, watched: Watched) -> None:
     with pytest.raises(TaskRevokedError):
         get(result)
     assert "task-started" not in watched.types_of(result.id)
+
+
+def test_a_call_that_expires_in_the_engine_ends_and_frees_its_blocks(
+    app: Celery, beside: Beside, watched: Watched
+) -> None:
+    (engine,) = beside.engines()
+    # It does not get on, so that none of them can end in time.
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        results = [generate(app, f"expires {i}", temperature=1, n=8, **LONG).apply_async(expires=2) for i in range(4)]
+        for result in results:
+            with pytest.raises(TaskRevokedError, match="expired"):
+                get(result)
+        wait_until(lambda: watched.types_of(results[-1].id)[-1:] == ["task-revoked"])
+        assert watched.of(results[-1].id)[-1]["expired"] is True
+        assert "task-started" in watched.types_of(results[-1].id)
+        stats = worker_stats(app)
+        assert (stats["running"], stats["open_calls"]) == (0, 0)
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    get(generate(app, "after those that expired").delay())
+    wait_until(lambda: worker_stats(app)["kv_tokens_used"] == 0, "freeing the blocks")
+    # In time is in time.
+    assert get(generate(app, "in time").apply_async(expires=PATIENCE_S))["usage"]["completion_tokens"] == 8
 
 
 def test_a_countdown_is_waited_for_and_can_be_revoked(app: Celery, watched: Watched) -> None:

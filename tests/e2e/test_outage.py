@@ -23,7 +23,6 @@ from storage.tables import chunks, is_leased
 from tests.conftest import free_port
 from tests.e2e.conftest import PATIENCE_S
 from tests.e2e.foreign import Beside, foreign_app, generate, wait_until
-from tests.processes import descendants
 from worker.local.redis_server import find_redis_server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -51,11 +50,6 @@ def num_leases(ledger: Ledger, *, run_out: bool) -> int:
     return ledger.read(lambda connection: connection.scalar(statement)) or 0
 
 
-def engines(*workers: "subprocess.Popen[bytes]") -> set[int]:
-    found = {pid for worker in workers for pid in descendants(worker.pid)}
-    return {pid for pid in found if b"worker.engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()}
-
-
 def test_workers_outlive_an_outage_with_all_that_their_engines_run(model: Path, tmp_path: Path) -> None:
     port = free_port()
     url = f"redis://127.0.0.1:{port}/0"
@@ -64,14 +58,15 @@ def test_workers_outlive_an_outage_with_all_that_their_engines_run(model: Path, 
         redis.enter_context(redis_at(port, tmp_path))
         beside = Beside(tmp_path, url, model)
         stack.callback(beside.stop_all)
-        workers = [beside.start("worker", log=name) for name in ("one", "two")]
+        for name in ("one", "two"):
+            beside.start("worker", log=name)
         wait_until(lambda: all(" ready." in beside.log(name).read_text() for name in ("one", "two")), "workers' start")
         app = stack.enter_context(foreign_app(url))
         client = stack.enter_context(
             Client(Settings(broker_url=url, database_url=beside.database_url, model_name="tiny", chunk_requests=16))
         )
         ledger = stack.enter_context(closing(Ledger(beside.database_url)))
-        before = engines(*workers)
+        before = set(beside.engines())
         assert len(before) == 2
 
         params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
@@ -101,4 +96,4 @@ def test_workers_outlive_an_outage_with_all_that_their_engines_run(model: Path, 
         attempts = ledger.read(lambda connection: connection.scalars(select(chunks.c.attempt)).all())
         assert set(attempts) == {1}
         assert reply["usage"]["completion_tokens"] == MAX_TOKENS
-        assert engines(*workers) == before
+        assert set(beside.engines()) == before

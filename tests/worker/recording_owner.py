@@ -13,6 +13,7 @@ class RecordingOwner:
     needs_ledger: bool = True
     seconds: float = 0.0
     submitted: float = 0.0
+    deadline: float | None = None
     is_abandoned: bool = False
     num_expected: int | None = None
     settled: list[tuple[Result, bytes | None]] = field(default_factory=list)

@@ -22,6 +22,7 @@ EARLIER = {"text": "so far", "usage": {}}
 class FakeTicket:
     task_id: str
     priority: int = 0
+    expires_in_s: float | None = None
     kind: Kind = "generate"
     args: tuple[Any, ...] = ("the queue",)
     kwargs: dict[str, Any] = field(default_factory=dict)
