@@ -21,8 +21,9 @@ def command(port: int, address: str) -> None:
     """
     from importlib.util import find_spec
 
-    from protocol.errors import ConfigurationError
+    from protocol.errors import BrokerUnavailable, ConfigurationError
     from protocol.settings import load_settings
+    from storage.optional_redis import check_login
 
     settings = load_settings()
     if find_spec("flower") is None:
@@ -34,6 +35,10 @@ def command(port: int, address: str) -> None:
         )
     if ":" in settings.flower_user:
         raise ConfigurationError("flower_user has a colon, which ends the name of a user: take another one")
+    try:
+        check_login(settings.broker_url)
+    except BrokerUnavailable as error:
+        click.echo(f"warning: {error}; until then there is nothing to see", err=True)
     login = None if settings.flower_password is None else f"{settings.flower_user}:{settings.flower_password}"
     _run(settings.broker_url, address, port, login)
 

@@ -148,6 +148,9 @@ def test_only_those_with_the_password_see_anything(flower: Flower, beside: Besid
 def test_without_a_password_it_is_on_the_loopback_alone_and_changes_nothing(beside: Beside) -> None:
     refused = CliRunner().invoke(cli, ["flower", "--address", "0.0.0.0"])
     assert (refused.exit_code, "set MILLRACE_FLOWER_PASSWORD" in refused.output) == (1, True)
+    stranger = {"MILLRACE_BROKER_URL": beside.redis_url.replace("redis://:", "redis://:not-")}
+    shut_out = CliRunner().invoke(cli, ["flower"], env=stranger)
+    assert (shut_out.exit_code, "refuses the login" in shut_out.output) == (1, True)
     port = free_port()
     flower = Flower(beside.start("flower", "--port", str(port), log="open"), port)
     wait_until(lambda: flower.status("/healthcheck", None) == 200)
