@@ -25,9 +25,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from worker.engine.kernels.decode_plan import plan_decode
 from worker.engine.kernels.decode_variant import DECODE, PREFIX, DecodeVariant
 from worker.engine.kernels.kv_write import write_kv
-from worker.engine.kernels.paged_decode import decode, plan_decode
+from worker.engine.kernels.paged_decode import decode
 from worker.engine.kernels.paged_prefill import LARGE, PrefillPlan, PrefillVariant, plan_prefill, prefill
 from worker.engine.kernels.plain import plain_decode, plain_prefill, plain_score_tokens
 from worker.engine.kernels.prefix_groups import PrefixGroups
@@ -42,7 +43,6 @@ HEAD_DIM = 128
 HEADS = {"16/8": (16, 8), "32/8": (32, 8)}
 DECODE_VARIANTS = [
     DECODE,
-    replace(DECODE, merges=False),
     replace(DECODE, is_nested=True),
     DecodeVariant(64, 4, 4, 2, is_nested=True),
     DecodeVariant(64, 2, 3, 2),
@@ -257,8 +257,6 @@ def check(report: Report) -> None:
         rows = Rows(lens, heads)
         for terms in ({}, {"window": 300}, {"softcap": 20.0}):
             report.add(f"check decode {name} {terms or ''}", functools.partial(check_rows, rows, DECODE, **terms))
-        apart = replace(DECODE, merges=False)
-        report.add(f"check decode {name}, merged apart", functools.partial(check_rows, rows, apart))
     for name, heads in HEADS.items():
         rows = Rows([1024 + n for n in uniform_lens(40, 1, 400)], heads, groups=groups_of(3, 11, 1024))
         members = 64 * heads[1] // heads[0]
@@ -477,7 +475,7 @@ def measure_read() -> dict[str, Any]:
 
 
 def _short(variant: DecodeVariant) -> str:
-    flags = ("" if variant.merges else " merged apart") + (" nested" if variant.is_nested else "")
+    flags = " nested" if variant.is_nested else ""
     return f"t{variant.tile} w{variant.num_warps} s{variant.num_stages} x{variant.programs_per_sm}{flags}"
 
 

@@ -63,8 +63,9 @@ def test_kernels_equal_their_twins() -> None:
 def test_decode_compiles_for_hopper(heads: int, kv_heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.engine.ahead_of_time import SHARED_BYTES, SHARED_BYTES_OF_ALL, compiled
     from worker.engine.kernels import paged_decode
+    from worker.engine.kernels.decode_plan import plan_decode
     from worker.engine.kernels.decode_variant import choose_variant
-    from worker.engine.kernels.paged_decode import decode, plan_decode
+    from worker.engine.kernels.paged_decode import decode
     from worker.engine.kernels.prefix_groups import PrefixGroups
 
     monkeypatch.setattr(paged_decode, "_num_multiprocessors", lambda device: 132)

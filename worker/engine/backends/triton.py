@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from worker.engine.attention import AttentionStep, AttentionTerms
+from worker.engine.kernels.decode_plan import DecodePlan, plan_decode
 from worker.engine.kernels.decode_variant import choose_variant
-from worker.engine.kernels.paged_decode import DecodePlan, decode, plan_decode
+from worker.engine.kernels.paged_decode import decode
 from worker.engine.kernels.paged_prefill import plan_prefill, prefill
 from worker.engine.kernels.prefix_groups import PrefixGroups
 

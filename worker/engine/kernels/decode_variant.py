@@ -9,7 +9,6 @@ class DecodeVariant:
     num_warps: int
     num_stages: int
     programs_per_sm: int
-    merges: bool = True  # in the same launch
     is_nested: bool = False  # one loop over rows and one over a row's tiles, else one over all tiles
 
 

@@ -1,10 +1,9 @@
 """Paged decode: attention of many single-token rows over their blocks, split so that every program reads as much.
 
-The tokens of all rows are cut into tiles; `plan_decode` lists them on the device, once a step, and in each layer a
+The tokens of all rows are cut into tiles, which a DecodePlan lists on the device, once a step, and in each layer a
 fixed number of programs takes an equal run of the list each. So neither the grid nor the balance depends on lengths,
 which the host need not know, and the launches can be captured in a CUDA graph. A row that is cut by a program's
-boundary leaves partial results with their log-sum-exp, which the last of its programs to be done merges, or a second,
-tiny kernel.
+boundary leaves partial results with their log-sum-exp, which the last of its programs to be done merges.
 
 A tile's queries are those of the heads that share a key/value head, of one row, or of several rows that share a prefix:
 the same kernel then attends to each group's prefix once, and the rows' own pass begins behind it and merges.
@@ -15,89 +14,17 @@ key/value head.
 """
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from worker.engine.kernels.decode_variant import DecodeVariant
+from worker.engine.kernels.decode_plan import FIRST_BIT, LAST_BIT, LOW_SHIFT, DecodePlan
 from worker.engine.kernels.prefix_groups import PrefixGroups
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = 1.4426950408889634
-#: What a tile's `info` holds: tokens within it, and from bit 10 the first of them that is inside the window.
-_LOW_SHIFT = tl.constexpr(10)
-_FIRST_BIT = tl.constexpr(1 << 20)
-_LAST_BIT = tl.constexpr(1 << 21)
-#: Tiles that are listed at a time.
-_LISTED = 32
-
-
-@dataclass(frozen=True, slots=True)
-class DecodePlan:
-    """The tiles of a step, in the order of rows. Lengths alone decide them: layers of one window share a plan."""
-
-    variant: DecodeVariant
-    num_rows: int
-    slots: Tensor  # (T * pieces,) int32, the slot of the first token of each part of a tile that lies in one block
-    rows: Tensor  # (T,) int32
-    info: Tensor  # (T,) int32
-    bounds: Tensor  # (D + 1,) int32, first tile of each row; the last is the number of tiles
-    num_done: Tensor  # (D * G,) int32, zero but while a layer runs: programs that have left their part of a row
-
-
-def plan_decode(
-    tables: Tensor,
-    lens: Tensor,
-    block_size: int,
-    num_kv_heads: int,
-    variant: DecodeVariant,
-    *,
-    starts: Tensor | None = None,
-    window: int | None = None,
-    table_rows: Tensor | None = None,
-) -> DecodePlan:
-    """The tiles of rows with `tables` (D, M) int32 and `lens` (D,) int32.
-
-    Each row's tokens begin at `starts` (D,) int32, multiples of the block size, else at 0. `table_rows` (D, P) int32
-    names the rows of `tables` to use instead of the first D: of each the first is taken. A row of length 0 has no tile.
-    """
-    num_rows, tile = len(lens), variant.tile
-    piece = min(tile, block_size)
-    assert max(tile, block_size) % piece == 0, f"a tile of {tile} tokens in blocks of {block_size}"
-    capacity = num_rows * -(-tables.shape[1] * block_size // tile)
-    num_pieces = tile // piece
-    slots, rows, info, bounds = (
-        torch.empty(num, dtype=torch.int32, device=lens.device)
-        for num in (capacity * num_pieces, capacity, capacity, num_rows + 1)
-    )
-    _list_tiles[(num_rows,)](
-        tables,
-        lens,
-        lens if starts is None else starts,
-        lens if table_rows is None else table_rows,
-        slots,
-        rows,
-        info,
-        bounds,
-        num_rows,
-        tables.stride(0),
-        1 if table_rows is None else table_rows.stride(0),
-        0 if window is None else window,
-        BLOCK=block_size,
-        TILE=tile,
-        PIECE=piece,
-        LISTED=_LISTED,
-        ROWS=triton.next_power_of_2(max(num_rows, 16)),
-        HAS_STARTS=starts is not None,
-        HAS_TABLE_ROWS=table_rows is not None,
-        HAS_WINDOW=window is not None,
-        num_warps=4,
-    )
-    num_done = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=lens.device)
-    return DecodePlan(variant, num_rows, slots, rows, info, bounds, num_done)
 
 
 def decode(
@@ -137,17 +64,6 @@ def decode(
     part_lse = torch.empty(2 * num_programs, num_kv_heads, num_queries, dtype=torch.float32, device=device)
     prefix_output, prefix_lse = (output, lse) if prefix is None else prefix
     members = plan.bounds if groups is None else groups.members
-    shape = {
-        "HEADS": num_heads,
-        "KV_HEADS": num_kv_heads,
-        "SHARED": num_shared,
-        "MEMBERS": num_members,
-        "QUERIES": num_queries,
-        "HEAD": head_dim,
-        "HEAD_PAD": head_pad,
-        "HAS_MEMBERS": groups is not None,
-        "HAS_PREFIX": prefix is not None,
-    }
     _attend_tiles[(num_programs * num_kv_heads,)](
         query,
         k_cache,
@@ -177,28 +93,19 @@ def decode(
         PIECE=min(variant.tile, block_size),
         HAS_SOFTCAP=softcap is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        MERGES=variant.merges,
         NESTED=variant.is_nested,
-        **shape,
+        HEADS=num_heads,
+        KV_HEADS=num_kv_heads,
+        SHARED=num_shared,
+        MEMBERS=num_members,
+        QUERIES=num_queries,
+        HEAD=head_dim,
+        HEAD_PAD=head_pad,
+        HAS_MEMBERS=groups is not None,
+        HAS_PREFIX=prefix is not None,
         num_warps=variant.num_warps,
         num_stages=variant.num_stages,
     )
-    if num_programs > 1 and not variant.merges:
-        _merge_parts[(num_programs - 1, num_kv_heads)](
-            output,
-            lse,
-            prefix_output,
-            prefix_lse,
-            parts,
-            part_lse,
-            plan.rows,
-            plan.bounds,
-            members,
-            plan.num_rows,
-            num_programs,
-            **shape,
-            num_warps=4 if num_queries * head_pad <= 8192 else 8,
-        )
     return output, lse
 
 
@@ -206,67 +113,6 @@ def decode(
 def _num_multiprocessors(device: torch.device) -> int:
     """What the grid is made for; a small grid where kernels are interpreted on a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
-
-
-@triton.jit
-def _list_tiles(
-    tables,
-    lens,
-    starts,
-    table_rows,
-    slots,
-    rows,
-    info,
-    bounds,
-    num_rows,
-    table_stride,
-    table_rows_stride,
-    window,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    PIECE: tl.constexpr,
-    LISTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
-    HAS_TABLE_ROWS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):
-    """One program per row. It counts the tiles of the rows before it, then lists its own."""
-    row = tl.program_id(0)
-    everyone = tl.arange(0, ROWS)
-    all_lens = tl.load(lens + everyone, mask=everyone < num_rows, other=0)
-    all_begins = tl.zeros_like(all_lens)
-    if HAS_STARTS:
-        all_begins = tl.load(starts + everyone, mask=everyone < num_rows, other=0)
-    if HAS_WINDOW:
-        all_begins = tl.maximum(all_begins, all_lens - window)
-    all_nums = tl.where(all_lens > all_begins, tl.cdiv(all_lens, TILE) - all_begins // TILE, 0)
-    before = tl.sum(tl.where(everyone < row, all_nums, 0), axis=0)
-    num = tl.sum(tl.where(everyone == row, all_nums, 0), axis=0)
-    length = tl.sum(tl.where(everyone == row, all_lens, 0), axis=0)
-    begin = tl.sum(tl.where(everyone == row, all_begins, 0), axis=0)
-    tl.store(bounds + row, before)
-    if row == num_rows - 1:
-        tl.store(bounds + num_rows, before + num)
-    table = row
-    if HAS_TABLE_ROWS:
-        table = tl.load(table_rows + row * table_rows_stride)
-    first = begin // TILE
-    for i in range(0, num, LISTED):
-        index = i + tl.arange(0, LISTED)
-        is_mine = index < num
-        place = (first + index) * TILE  # of the tile's first token in its row
-        low = tl.maximum(begin - place, 0)
-        value = tl.minimum(length - place, TILE) | (low << _LOW_SHIFT)
-        value |= tl.where(index == 0, _FIRST_BIT, 0) | tl.where(index == num - 1, _LAST_BIT, 0)
-        tl.store(info + before + index, value, mask=is_mine)
-        tl.store(rows + before + index, row, mask=is_mine)
-        for piece in tl.static_range(TILE // PIECE):
-            token = place + piece * PIECE
-            is_there = is_mine & (token < length)
-            block = tl.load(tables + table * table_stride + token // BLOCK, mask=is_there, other=0)
-            slot = block * BLOCK + token % BLOCK
-            tl.store(slots + (before + index) * (TILE // PIECE) + piece, slot, mask=is_mine)
 
 
 @triton.jit
@@ -303,7 +149,6 @@ def _attend_tiles(
     PIECE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    MERGES: tl.constexpr,
     NESTED: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -374,8 +219,8 @@ def _attend_tiles(
             next_row = tl.load(rows + next_tile)
             next_value = tl.load(info + next_tile)
             next_slot = tl.load(slots + next_tile * (TILE // PIECE))
-            is_first = (value & _FIRST_BIT) != 0
-            is_last = (value & _LAST_BIT) != 0
+            is_first = (value & FIRST_BIT) != 0
+            is_last = (value & LAST_BIT) != 0
             q_row, is_query, q = _load_queries(
                 row, query, members, query_row, query_head, head, member, e_index,
                 SHARED, MEMBERS, QUERIES, HEAD, HAS_MEMBERS,
@@ -393,7 +238,7 @@ def _attend_tiles(
                     HEADS, KV_HEADS, QUERIES, HEAD, HEAD_PAD, HAS_PREFIX,
                 )  # fmt: skip
 
-    if MERGES & (first_tile < end_tile):
+    if first_tile < end_tile:
         tl.debug_barrier()  # all threads have stored their share of the parts
         first_row, last_row = tl.load(rows + first_tile), tl.load(rows + end_tile - 1)
         for i in range(tl.where(first_row == last_row, 1, 2)):
@@ -445,14 +290,21 @@ def _load_queries(
     HAS_MEMBERS: tl.constexpr,
 ):
     """Of which row each query is, whether it is one at all, and the queries."""
+    q_row, is_query = _rows_of(row, members, member, MEMBERS, HAS_MEMBERS)
+    place = q_row.to(tl.int64)[:, None] * query_row + head[:, None] * query_head + e_index[None, :]
+    return q_row, is_query, tl.load(query + place, mask=is_query[:, None] & (e_index[None, :] < HEAD), other=0.0)
+
+
+@triton.jit
+def _rows_of(row, members, member, MEMBERS: tl.constexpr, HAS_MEMBERS: tl.constexpr):
+    """The row itself, or those that are members of it; and which of a tile's queries there are."""
     if HAS_MEMBERS:
         q_row = tl.load(members + row * MEMBERS + member, mask=member < MEMBERS, other=-1)
         is_query = q_row >= 0
     else:
         q_row = tl.zeros_like(member) + row
         is_query = member == 0
-    place = q_row.to(tl.int64)[:, None] * query_row + head[:, None] * query_head + e_index[None, :]
-    return q_row, is_query, tl.load(query + place, mask=is_query[:, None] & (e_index[None, :] < HEAD), other=0.0)
+    return q_row, is_query
 
 
 @triton.jit
@@ -503,7 +355,7 @@ def _attend_tile(
     if HAS_SOFTCAP:
         # softcap * tanh(scores / softcap), to base 2 as the scores are
         scores = softcap * (2.0 / (1.0 + tl.exp2(scores * (-2.0 * 1.4426950408889634) / softcap)) - 1.0)
-    is_attended = is_there & (n_index >= ((value >> _LOW_SHIFT) & 1023))
+    is_attended = is_there & (n_index >= ((value >> LOW_SHIFT) & 1023))
     scores = tl.where(is_attended[None, :], scores, float("-inf"))
 
     before = tl.where(is_first, float("-inf"), best)
@@ -595,64 +447,6 @@ def _finish(
 
 
 @triton.jit
-def _merge_parts(
-    output,
-    lse,
-    prefix_output,
-    prefix_lse,
-    parts,
-    part_lse,
-    rows,
-    bounds,
-    members,
-    num_rows,
-    num_programs,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    HEAD: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
-    HAS_MEMBERS: tl.constexpr,
-    HAS_PREFIX: tl.constexpr,
-):
-    """One program per boundary between programs: the first boundary within a row gathers all of its parts."""
-    boundary = tl.program_id(0) + 1
-    kv_head = tl.program_id(1)
-    num_tiles = tl.load(bounds + num_rows)
-    per_program = tl.cdiv(num_tiles, num_programs)
-    tile = boundary * per_program
-    if tile < num_tiles:
-        row = tl.load(rows + tile)
-        first_tile = tl.load(bounds + row)
-        end_tile = tl.load(bounds + row + 1)
-        if (first_tile < tile) & (first_tile // per_program == boundary - 1):
-            _merge_row(
-                row,
-                boundary - 1,
-                (end_tile - 1) // per_program,
-                kv_head,
-                output,
-                lse,
-                prefix_output,
-                prefix_lse,
-                parts,
-                part_lse,
-                members,
-                HEADS,
-                KV_HEADS,
-                SHARED,
-                MEMBERS,
-                QUERIES,
-                HEAD,
-                HEAD_PAD,
-                HAS_MEMBERS,
-                HAS_PREFIX,
-            )
-
-
-@triton.jit
 def _merge_row(
     row,
     first_program,
@@ -680,12 +474,7 @@ def _merge_row(
     e_index = tl.arange(0, HEAD_PAD)
     head = kv_head * SHARED + q_index % SHARED
     member = q_index // SHARED
-    if HAS_MEMBERS:
-        q_row = tl.load(members + row * MEMBERS + member, mask=member < MEMBERS, other=-1)
-        is_query = q_row >= 0
-    else:
-        q_row = tl.zeros_like(q_index) + row
-        is_query = member == 0
+    q_row, is_query = _rows_of(row, members, member, MEMBERS, HAS_MEMBERS)
     mask = is_query[:, None] & (e_index[None, :] < HEAD)
     best = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
