@@ -1,6 +1,6 @@
-"""Is the engine's greedy text on this device what the model itself says? And a first figure of its speed.
+"""Is the engine's greedy text on this device what the model itself says?
 
-    python3 -m benchmarks.equality_gpu [--device cuda] [--attention flash-attn-2]
+    python3 -m benchmarks.equality_gpu [--device cuda] [--attention flash-attn-2] [--models qwen3 bundled]
 
 Each family's random-weight model runs through the engine in 16 bits; then prompt and output are put through the same
 model in float32 (the reference) and, plainly, in 16 bits (which gives the logit error of that arithmetic). A token
@@ -16,7 +16,6 @@ import json
 import platform
 import random
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +52,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {}),
     "bloom": ("BloomConfig", {"tie_word_embeddings": False, "seq_length": 2048}),
 }
-#: Output tokens per prompt of the equality part.
+#: Those that run packed run padded as well.
+MODELS = [*FAMILIES, "llama padded", "gemma3 padded", "bundled"]
+#: Output tokens per prompt.
 NUM_OUTPUT_TOKENS = 64
 
 
@@ -190,6 +191,10 @@ def check_family(loaded: LoadedModel, settings: EngineSettings, num_prompts: int
     assert [len(s) for s in scores] == [len(p) - 1 if i % 2 else 0 for i, p in enumerate(prompts)]
     counts: dict[str, Any] = {"layout": loaded.layout, "backend": engine.attention_name}
     counts |= {"preemptions": engine.scheduler.num_preemptions, "prefix_hit_tokens": num_hit_tokens}
+    if loaded.device.type == "cuda" and loaded.layout == "packed":
+        check_sync(engine)
+        generate(engine, prompts[:16], 8, wave=4)
+        counts["launch_waits"] = False
     return counts | compare(loaded.model, prompts, outputs, scores)
 
 
@@ -205,47 +210,6 @@ def check_sync(engine: Engine) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
     engine.runner.launch = watched  # type: ignore[method-assign]
-
-
-def measure_speed(settings: EngineSettings, device: torch.device, dtype: torch.dtype, is_small: bool) -> dict[str, Any]:
-    """Output tokens per second of a Qwen3-0.6B-shaped model, eager, everything arriving at once."""
-    import transformers
-
-    shape = {
-        "vocab_size": 512 if is_small else 151_936,
-        "hidden_size": 128 if is_small else 1024,
-        "intermediate_size": 384 if is_small else 3072,
-        "num_hidden_layers": 2 if is_small else 28,
-        "num_attention_heads": 2 if is_small else 16,
-        "num_key_value_heads": 1 if is_small else 8,
-        "head_dim": 128,
-    }
-    config = transformers.Qwen3Config(
-        **shape, bos_token_id=None, eos_token_id=None, pad_token_id=None, max_position_embeddings=2048
-    )
-    num, num_in, num_out = (8, 16, 16) if is_small else (64, 128, 128)
-    engine = Engine(adopt(random_model(config, device, dtype), settings), settings)
-    rng = random.Random(1)
-    prompts = [[rng.randrange(shape["vocab_size"]) for _ in range(num_in)] for _ in range(num)]
-    generate(engine, prompts, 8, wave=num)
-    started = time.perf_counter()
-    outputs, _ = generate(engine, prompts, num_out, wave=num)
-    elapsed = time.perf_counter() - started
-    num_tokens = sum(map(len, outputs))
-    figures: dict[str, Any] = {
-        "requests": num,
-        "output_tokens": num_tokens,
-        "seconds": round(elapsed, 3),
-        "output_tokens_per_second": round(num_tokens / elapsed, 1),
-        "milliseconds_per_step": round(1000 * elapsed / num_out, 3),
-        "kv_tokens": engine.scheduler.blocks.capacity,
-        "backend": engine.attention_name,
-    }
-    if device.type == "cuda":
-        check_sync(engine)
-        generate(engine, prompts, 8, wave=4)
-        figures["launch_waits"] = False
-    return figures
 
 
 def check_noise(device: torch.device) -> dict[str, float]:
@@ -279,6 +243,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--attention", default="auto", help="auto, sdpa or flash-attn-2")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
@@ -301,29 +266,25 @@ def main() -> int:
         chosen = msgspec.structs.replace(settings, layout=layout)
         return check_family(adopt(build(family, is_small, device, dtype), chosen), chosen, **size)
 
-    cases = [(family, "auto") for family in FAMILIES] + [(family, "padded") for family in ("llama", "gemma3")]
-    for family, layout in cases:
-        name = family if layout == "auto" else f"{family} {layout}"
-        if counts := attempt(name, failures, functools.partial(random_family, family, layout)):
+    def bundled() -> dict[str, Any]:
+        return check_family(load_model(BUNDLED, settings), settings, **size)
+
+    for name in arguments.models:
+        family, _, layout = name.partition(" ")
+        check = bundled if name == "bundled" else functools.partial(random_family, family, layout or "auto")
+        if counts := attempt(name, failures, check):
             families[name] = counts
-    if (BUNDLED / "model.safetensors").is_file():
-        bundled = attempt("bundled", failures, lambda: check_family(load_model(BUNDLED, settings), settings, **size))
-        if bundled:
-            families["bundled"] = bundled
     noise = attempt("noise", failures, lambda: check_noise(device))
-    speed_settings = EngineSettings(**common, memory_fraction=0.5)
-    speed = attempt("speed", failures, lambda: measure_speed(speed_settings, device, dtype, is_small))
 
     for name, counts in families.items():
         print(f"\n{name}: " + ", ".join(f"{key} {_short(value)}" for key, value in counts.items()))
-    print(f"\nspeed: {speed}\nnoise: {noise}\nfailures: {failures or 'none'}")
+    print(f"\nnoise: {noise}\nfailures: {failures or 'none'}")
     unexplained = sum(counts["unexplained"] + counts["unexplained_scores"] for counts in families.values())
     summary = {
         "families": families,
         "tokens": sum(counts["tokens"] for counts in families.values()),
         "differing": sum(counts["differing"] for counts in families.values()),
         "unexplained": unexplained,
-        "speed": speed,
         "noise": noise,
         "failures": failures,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
