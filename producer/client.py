@@ -274,7 +274,9 @@ class Client:
         return find_job(self._ledger, name, self.settings.tenant)
 
     def jobs(self, limit: int = 100) -> list[Job]:
-        """The newest Jobs, newest first."""
+        """The newest Jobs, newest first. Raises ConfigurationError for a negative `limit`."""
+        if limit < 0:
+            raise ConfigurationError(f"limit={limit} is out of range: it must be 0 or more")
         return list_jobs(self._ledger, self.settings.tenant, limit)
 
     def status(self, job: Job | str) -> JobStatus:

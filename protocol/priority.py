@@ -2,6 +2,8 @@
 
 from typing import Literal, get_args
 
+from protocol.errors import ConfigurationError
+
 Priority = Literal["interactive", "normal", "bulk"]
 
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
@@ -12,5 +14,7 @@ ASKED_PRIORITY: Priority = "interactive"
 
 
 def rank(priority: Priority) -> int:
-    """As Sequences carry it: lower is more urgent."""
+    """As Sequences carry it: lower is more urgent. Raises ConfigurationError for what is no class."""
+    if priority not in PRIORITIES:
+        raise ConfigurationError(f"priority={priority!r} is unknown: it is one of {', '.join(PRIORITIES)}")
     return PRIORITIES.index(priority)

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -241,6 +242,17 @@ def test_parameters_out_of_range_are_refused_before_a_job_is_made(client: Client
         client.submit(["a"], params=SamplingParams(n=0))
 
     assert client.jobs() == []
+
+
+def test_what_is_no_class_and_no_limit_is_refused_by_name(client: Client) -> None:
+    unknown: Any = "urgent"
+    with pytest.raises(
+        ConfigurationError, match="priority='urgent' is unknown: it is one of interactive, normal, bulk"
+    ):
+        client.submit(["a"], priority=unknown)
+    assert client.jobs() == []
+    with pytest.raises(ConfigurationError, match="limit=-1 is out of range"):
+        client.jobs(-1)
 
 
 def test_lines_may_ask_for_the_served_model_alone_unless_told_otherwise(
