@@ -75,6 +75,12 @@ def _with_argument(kind: Kind, args: Sequence[Any], fields: dict[str, Any]) -> d
     if given == ["context"]:
         return {**fields, "continuation": text}
     if given:
+        if not any(_PLACEHOLDER in word for name in given for word in _words(fields[name])):
+            raise InvalidRequest(
+                "invalid_parameter",
+                f"{given[0]} has no {_PLACEHOLDER} for what the task before this one returned: put it where that goes, "
+                "or chain an immutable signature, which is given nothing",
+            )
         return {name: _filled(value, text) if name in given else value for name, value in fields.items()}
     is_several = kind in ("embed", "classify") and isinstance(args[0], list | tuple)
     return {**fields, _CONTENT[kind][0]: texts if is_several else text}

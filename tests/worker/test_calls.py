@@ -155,6 +155,7 @@ def test_content_comes_by_position_by_keyword_or_from_the_task_before() -> None:
         (("a", "b"), {}, "invalid_type"),
         (("a",), {"prompt": "b"}, "invalid_parameter"),
         (({"text": None, "usage": {}, "score": {}},), {}, "invalid_type"),
+        ((EARLIER,), {"prompt": "no place for it"}, "invalid_parameter"),
         (("a",), {"self": "b"}, "unknown_field"),
         (("a",), {"kind": "score"}, "invalid_parameter"),
         (("a",), {"model": "other"}, "unknown_model"),
