@@ -29,10 +29,10 @@ _LARGE_WAL_BYTES = 1 << 30
 
 def check_redis(settings: Settings) -> Iterator[Finding]:
     """Reachable, new enough, keeping what it is given, and how long the queue is."""
-    from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+    from redis.exceptions import RedisError
 
     from protocol.celery_app import chunk_queues
-    from storage.optional_redis import connect
+    from storage.optional_redis import connect, translated
 
     shown = shown_broker(settings.broker_url)
     timeouts = {"socket_timeout": _REDIS_TIMEOUT_S, "socket_connect_timeout": _REDIS_TIMEOUT_S}
@@ -42,13 +42,9 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
             info: dict[str, Any] = client.info()
             waiting = ", ".join(f"{queue} {client.llen(queue)}" for queue in chunk_queues(*settings.served_models))
             lengths = f"{waiting}, unacked {client.hlen('unacked')}"
-        except (AuthenticationError, NoPermissionError) as error:
-            yield failed("redis", f"{shown} refuses the login: {error}", "set the password in MILLRACE_BROKER_URL")
-            return
         except (RedisError, OSError) as error:
-            reason = " ".join(str(error).split())
-            way_out = "start it, or set MILLRACE_BROKER_URL to where it runs (redis://:password@host:6379/0)"
-            yield failed("redis", f"{shown} does not answer: {reason}", way_out)
+            reason, _, way_out = str(translated(error, settings.broker_url)).rpartition("; ")
+            yield failed("redis", reason, way_out)
             return
     version = str(info["redis_version"])
     latency_s = statistics.median(pings)

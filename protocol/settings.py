@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from protocol.broker_tls import check_tls
 from protocol.errors import ConfigurationError
 from protocol.faults import FAULT_VARIABLE
 from protocol.sentinels import SCHEME, parse_sentinels
@@ -305,6 +306,7 @@ def _check_broker(url: str) -> None:
         raise ConfigurationError(
             f"broker_url is of an unknown kind: {parts.scheme or 'no scheme'!r}; use redis://:password@host:6379/0"
         )
+    check_tls(url)
 
 
 def _is_this_machine(host: str) -> bool:

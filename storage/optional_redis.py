@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -45,9 +46,9 @@ def connect(broker_url: str, **options: Any) -> Redis:
 
 
 def shown_broker(broker_url: str) -> str:
-    """Without user and password, as it may be shown."""
+    """Without login and options, which may hold passwords too, as it may be shown."""
     parts = urlsplit(broker_url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
 def check_login(broker_url: str) -> None:
@@ -68,15 +69,26 @@ def translated(error: Exception, broker_url: str) -> ConfigurationError | Broker
     """Our error for one of the queue's Redis, also one that Celery has wrapped."""
     shown = shown_broker(broker_url)
     cause: BaseException | None = error
+    way_out = "start it, or set MILLRACE_BROKER_URL to where it runs"
     while cause is not None:
         if isinstance(cause, AuthenticationError | NoPermissionError):
             return ConfigurationError(
                 f"Redis at {shown} refuses the login: {cause}; set user and password in MILLRACE_BROKER_URL"
             )
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return ConfigurationError(
+                f"Redis at {shown} shows a certificate that is not trusted: {cause.verify_message}; in "
+                "MILLRACE_BROKER_URL name the CA that signed it, with ssl_ca_certs=/path/to/ca.pem, and the host as "
+                "it does"
+            )
+        if isinstance(cause, ssl.SSLError):
+            way_out = (
+                "set ssl_certfile and ssl_keyfile in MILLRACE_BROKER_URL to a client certificate that it trusts, or "
+                "redis:// where it speaks no TLS"
+            )
+            break
         cause = cause.__cause__ or cause.__context__
-    return BrokerUnavailable(
-        f"Redis at {shown} does not answer: {error}; start it, or set MILLRACE_BROKER_URL to where it runs"
-    )
+    return BrokerUnavailable(f"Redis at {shown} does not answer: {error}; {way_out}")
 
 
 class OptionalRedis:

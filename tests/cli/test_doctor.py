@@ -79,7 +79,7 @@ def test_wrong_password_of_redis_is_named_as_such(millrace: Invoke, redis_url: s
 
     line = found(millrace("doctor", "--json", broker_url=wrong))["redis"]
 
-    assert (line["state"], line["way_out"]) == ("failed", "set the password in MILLRACE_BROKER_URL")
+    assert (line["state"], line["way_out"]) == ("failed", "set user and password in MILLRACE_BROKER_URL")
     assert "refuses the login" in line["facts"]
     assert "wrong-word" not in str(line)
 

@@ -115,7 +115,13 @@ def test_broker_url_that_leads_nowhere_is_refused_without_telling_its_password(u
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://h", "rediss://:p@h:6380/1", "redis+socket:///tmp/redis.sock", "redis://[::1]:6379/0"]
+    "url",
+    [
+        "redis://h",
+        "rediss://:p@h:6380/1?ssl_cert_reqs=required",
+        "redis+socket:///tmp/redis.sock",
+        "redis://[::1]:6379/0",
+    ],
 )
 def test_broker_urls_of_redis_are_taken(url: str) -> None:
     assert load_settings(environ={"MILLRACE_BROKER_URL": url}).broker_url == url

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -19,10 +20,10 @@ import redis
 
 from producer.doorbell import Doorbell
 from protocol.celery_app import bulk_queue, make_app
-from protocol.errors import ConfigurationError
+from protocol.errors import BrokerUnavailable, ConfigurationError
 from protocol.settings import Settings, load_settings
 from storage.flights import Flights
-from storage.optional_redis import check_login, connect
+from storage.optional_redis import check_login, connect, shown_broker
 from tests.conftest import free_port
 from worker.local.redis_server import find_redis_server
 
@@ -87,26 +88,100 @@ def test_a_password_and_a_user_of_acl_are_taken_from_the_url(redis_server: str, 
         check_login(f"redis://millrace:wrong@{address}")
 
 
-def test_tls_is_spoken_and_certificates_are_checked(redis_server: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CA (ca.pem), what it signed for the server and a client, and another CA (other.pem)."""
     if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make a certificate with")
-    for name in ("own", "other"):
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-        command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", f"{name}.key", "-out", f"{name}.pem"]
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    login, _, address = redis_server.removeprefix("redis://").rpartition("@")
-    with tls_in_front_of(int(address.split(":")[1].split("/")[0]), tmp_path / "own.pem", tmp_path / "own.key") as port:
-        url = f"rediss://{login}@localhost:{port}/0?ssl_cert_reqs=required&ssl_ca_certs={tmp_path}"
-        check_everything_works(f"{url}/own.pem")
-        with pytest.raises(Exception, match=r"certificate verify failed|CERTIFICATE_VERIFY_FAILED"):
-            check_login(f"{url}/other.pem")
+        pytest.skip("no openssl to make certificates with")
+    folder = tmp_path_factory.mktemp("certificates")
+    (folder / "names").write_text("subjectAltName=DNS:localhost")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    for name in ("ca", "other"):
+        openssl(
+            "req", "-x509", *key, "-days", "2", "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.pem"
+        )
+    for name in ("server", "client"):
+        openssl("req", *key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        signed = ["-in", f"{name}.csr", "-days", "2", "-extfile", "names", "-out", f"{name}.pem"]
+        openssl("x509", "-req", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", *signed)
+    return folder
 
 
 @contextmanager
-def tls_in_front_of(port: int, certificate: Path, key: Path) -> Iterator[int]:
+def tls_server(folder: Path, certificates: Path, *, wants_client: bool) -> Iterator[str]:
+    """Where a Redis with a password speaks TLS: itself, or where it is built without, somebody else before it."""
+    lines = [f"tls-cert-file {certificates}/server.pem", f"tls-key-file {certificates}/server.key"]
+    lines += [f"tls-ca-cert-file {certificates}/ca.pem", f"tls-auth-clients {'yes' if wants_client else 'no'}"]
+    with ExitStack() as stack:
+        if speaks_tls():
+            port = free_port()
+            stack.enter_context(server(folder, "requirepass secret", f"tls-port {port}", *lines))
+        else:
+            plain = stack.enter_context(server(folder, "requirepass secret"))
+            port = stack.enter_context(tls_in_front_of(plain, certificates, wants_client=wants_client))
+        yield f"localhost:{port}/0"
+
+
+@cache
+def speaks_tls() -> bool:
+    """Whether this Redis is built with it: then it asks for a certificate, and otherwise does not know the word."""
+    said = subprocess.run([find_redis_server(), "--tls-port", "1", "--port", "0"], capture_output=True, text=True)
+    return "tls-cert-file" in said.stdout
+
+
+def test_tls_is_spoken_and_the_servers_certificate_is_checked(certificates: Path, tmp_path: Path) -> None:
+    with tls_server(tmp_path, certificates, wants_client=False) as address:
+        url = f"rediss://:secret@{address}?ssl_cert_reqs=required&ssl_ca_certs={certificates}"
+        check_everything_works(f"{url}/ca.pem")
+        with pytest.raises(ConfigurationError) as refused:
+            check_login(f"{url}/other.pem")
+        assert str(refused.value) == (
+            f"Redis at rediss://{address} shows a certificate that is not trusted: self-signed certificate in "
+            "certificate chain; in MILLRACE_BROKER_URL name the CA that signed it, with ssl_ca_certs=/path/to/ca.pem, "
+            "and the host as it does"
+        )
+        with pytest.raises(ConfigurationError, match=r"not trusted: IP address mismatch"):
+            check_login(f"{url}/ca.pem".replace("localhost", "127.0.0.1"))
+
+
+def test_a_client_shows_its_own_certificate_where_the_server_wants_one(certificates: Path, tmp_path: Path) -> None:
+    with tls_server(tmp_path, certificates, wants_client=True) as address:
+        url = f"rediss://:secret@{address}?ssl_cert_reqs=required&ssl_ca_certs={certificates}/ca.pem"
+        check_everything_works(f"{url}&ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/client.key")
+        for unknown in ("", f"&ssl_certfile={certificates}/other.pem&ssl_keyfile={certificates}/other.key"):
+            with pytest.raises(BrokerUnavailable) as refused:
+                check_login(url + unknown)
+            assert "\n" not in str(refused.value)
+            assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("rediss://h:1/0", "has no ssl_cert_reqs, .* it must be one of required, optional, none"),
+        ("rediss://h:1/0?ssl_cert_reqs=CERT_REQUIRED", "ssl_cert_reqs=CERT_REQUIRED"),
+        ("rediss://h:1/0?ssl_cert_reqs=required&ssl_ca=x", "unknown options: ssl_ca; those of TLS are ssl_cert_reqs"),
+        ("rediss://h:1/0?ssl_cert_reqs=required&ssl_ca_certs=/nowhere/ca.pem", "/nowhere/ca.pem, and there is no such"),
+        ("redis://h:1/0?ssl_cert_reqs=required", "ssl_cert_reqs and is of the kind redis, which speaks no TLS"),
+    ],
+)
+def test_a_tls_url_that_cannot_work_is_refused(url: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        load_settings({"broker_url": url}, environ={})
+
+
+@contextmanager
+def tls_in_front_of(port: int, certificates: Path, *, wants_client: bool) -> Iterator[int]:
     """The bundled Redis is built without TLS: somebody else speaks it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+    if wants_client:
+        context.load_verify_locations(certificates / "ca.pem")
+        context.verify_mode = ssl.CERT_REQUIRED
     listener = socket.create_server(("127.0.0.1", 0))
 
     def pump(source: socket.socket, target: socket.socket) -> None:
@@ -147,6 +222,7 @@ def test_sentinels_say_where_the_master_is(tmp_path: Path) -> None:
         with server(tmp_path, *watched, "requirepass own", mode=("--sentinel",)) as first:
             url = f"sentinel://:secret@127.0.0.1:{first}/0?master_name=mymaster&sentinel_password=own"
             check_everything_works(url)
+            assert "own" not in shown_broker(url)
             # A Sentinel that is away is passed over.
             check_everything_works(url.replace("@", f"@127.0.0.1:{free_port()},"))
 
