@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from producer.chunk_cutter import cut_chunks
 from producer.doorbell import Doorbell
+from producer.job_watch import OVERDUE_OWNER
 from producer.lines import LineReader
 from producer.pauses import Pauses
 from producer.source import Source
@@ -16,6 +17,7 @@ from protocol.settings import Settings
 from storage.jobs import Job, append_chunk, intake_position, seal_job
 from storage.landings import num_unfinished_requests
 from storage.ledger import Ledger
+from storage.overdue import end_overdue
 
 logger = logging.getLogger("millrace.producer")
 
@@ -113,9 +115,21 @@ class Intake:
         if self._window is None or self._room >= num_requests:
             return
         with self._wakeups.listen(job.id, self._wakeup):
-            pauses = Pauses(self._wakeup)
+            pauses, is_away = Pauses(self._wakeup), False
             while True:
-                self._room = self._window - pauses.timed(lambda: num_unfinished_requests(self._ledger, job.id))
+                try:
+                    self._room = self._window - pauses.timed(lambda: self._num_unfinished(job))
+                except DatabaseUnavailable as error:
+                    if not self._has_stored:
+                        raise
+                    if not is_away:
+                        logger.warning("%s; it goes on when the database does", error)
+                    is_away = True
                 if self._room >= num_requests:
                     return
                 pauses.pause(f"the Job {job.id} got no room for more")
+
+    def _num_unfinished(self, job: Job) -> int:
+        # What is late ends here, where all workers have died or none is of this model.
+        end_overdue(self._ledger, OVERDUE_OWNER, job_id=job.id)
+        return num_unfinished_requests(self._ledger, job.id)

@@ -17,7 +17,7 @@ ENDED = ("finished", "cancelled")
 #: Seconds between two calls of a progress callback at most.
 _PROGRESS_S = 1.0
 #: In whose name overdue Chunks end here.
-_OWNER = "a client"
+OVERDUE_OWNER = "a client"
 
 
 class JobWatch:
@@ -86,7 +86,7 @@ class JobWatch:
 
     def look(self, job_id: str) -> JobStatus:
         """How far the Job is; what is overdue in it and nobody works on ends here. Raises JobNotFound."""
-        end_overdue(self._ledger, _OWNER, job_id=job_id)
+        end_overdue(self._ledger, OVERDUE_OWNER, job_id=job_id)
         status = job_status(self._ledger, job_id)
         if status.job.state != "running" or status.num_chunks_finished < status.num_chunks:
             return status
@@ -95,7 +95,7 @@ class JobWatch:
         return job_status(self._ledger, job_id)
 
     def _has_ended(self, job_id: str) -> bool:
-        end_overdue(self._ledger, _OWNER, job_id=job_id)
+        end_overdue(self._ledger, OVERDUE_OWNER, job_id=job_id)
         progress = job_progress(self._ledger, job_id)
         if progress is None:
             raise JobNotFound(f"there is no Job {job_id!r}")

@@ -8,8 +8,12 @@ import pytest
 from producer import intake
 from producer.client import Client
 from protocol.errors import DatabaseUnavailable
+from protocol.sampling import SamplingParams
 from storage.jobs import append_chunk
+from storage.landings import num_unfinished_requests
+from storage.leases import Lease, claim_next
 from storage.ledger import Ledger
+from tests.producer.conftest import MODEL, answer_oldest
 
 
 class FailingDatabase:
@@ -49,3 +53,46 @@ def test_a_database_that_takes_nothing_at_all_is_an_error_at_once(
     monkeypatch.setattr(intake, "append_chunk", FailingDatabase({0: "before"}).append_chunk)
     with pytest.raises(DatabaseUnavailable):
         client.submit(["prompt"])
+
+
+def test_a_submission_that_waits_for_room_ends_what_is_late_though_its_workers_have_died(
+    client: Client, ledger: Ledger
+) -> None:
+    dead: list[Lease | None] = []
+
+    def die(_: int) -> None:
+        if not dead:
+            dead.append(claim_next(ledger, [MODEL], "dead", 0.0))
+
+    params = SamplingParams(timeout=0.5)
+    job = client.submit([f"prompt {i}" for i in range(11)], params=params, window=4, on_progress=die)
+
+    assert dead[0] is not None
+    status = client.wait(job, timeout_s=60)
+    assert (status.num_ok, status.num_error) == (0, 11)
+    codes = {result.failure.code for result in client.results(job) if result.failure is not None}
+    assert codes == {"deadline_exceeded"}
+    assert client.verify(job).holds
+
+
+def test_a_submission_that_waits_for_room_outlives_its_database(
+    client: Client, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures = [DatabaseUnavailable("the database does not answer") for _ in range(2)]
+
+    def count(ledger: Ledger, job_id: str) -> int:
+        if failures:
+            raise failures.pop()
+        answer_oldest(ledger)
+        return num_unfinished_requests(ledger, job_id)
+
+    def fail_from_now_on(_: int) -> None:
+        monkeypatch.setattr(intake, "num_unfinished_requests", count)
+
+    with caplog.at_level(logging.WARNING, "millrace.producer"):
+        job = client.submit([f"prompt {i}" for i in range(8)], window=4, on_progress=fail_from_now_on)
+
+    assert client.status(job).num_requests == 8
+    assert [record.getMessage() for record in caplog.records] == [
+        "the database does not answer; it goes on when the database does"
+    ]
