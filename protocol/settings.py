@@ -59,7 +59,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.pooling": ("auto", "mean", "last", "cls"),
     "engine.dtype": ("auto", "float32", "bfloat16", "float16"),
     "engine.layout": ("auto", "packed", "padded"),
-    "engine.attention": ("auto", "sdpa", "flash-attn-2", "triton"),
+    "engine.attention": ("auto", "sdpa", "sparse", "flash-attn-2", "triton"),
 }
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 #: Transports of Celery that are a Redis: known answers and the bell's messages are kept in the same one.
@@ -86,7 +86,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     layout: str = "auto"
     """Of a step: packed in one flat row, or padded to a rectangle; auto packs where the model allows it."""
     attention: str = "auto"
-    """The attention backend; auto is triton on CUDA, else flash-attn-2 where it is installed, else sdpa."""
+    """The attention backend; auto is triton on CUDA, else flash-attn-2 where it is installed, on a CPU sparse in
+    float32, else sdpa."""
     max_model_len: int | None = None
     """Tokens of one Sequence, prompt and output together; unset: what the model's config says."""
     kv_tokens: int | None = None

@@ -54,7 +54,7 @@ def test_all_is_well_on_a_machine_that_has_everything(
     assert (lines["workers"]["state"], lines["workers"]["facts"]) == ("warning", "none answers")
     assert "-0.0 s" not in result.output
     assert ("clock" in lines) == database_url.startswith("postgresql")
-    assert lines["attention"]["facts"].startswith(("sdpa", "flash-attn-2"))
+    assert lines["attention"]["facts"].startswith(("sparse", "triton"))
     assert "served as millrace-tiny" in lines["model"]["facts"]
     for url in (redis_url, database_url):
         if "@" in url:

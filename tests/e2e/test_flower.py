@@ -124,11 +124,11 @@ def test_a_worker_is_shown_with_its_model_device_backend_and_limits(flower: Flow
     ((name, worker),) = flower.api("workers?refresh=1").items()
     facts = worker["stats"]["pool"]
     assert name.startswith("tiny@")
-    assert (facts["model"], facts["device"], facts["attention"], facts["layout"]) == ("tiny", "cpu", "sdpa", "packed")
+    assert (facts["model"], facts["device"], facts["attention"], facts["layout"]) == ("tiny", "cpu", "sparse", "packed")
     assert (facts["max_model_len"], facts["max_num_seqs"]) == (512, 16)
     assert facts["kv_tokens"] > 0
     page = flower.text(f"/worker/{name}")
-    assert "sdpa" in page.lower()
+    assert "sparse" in page.lower()
     queues = {queue["name"] for queue in worker["active_queues"]}
     own = {f"millrace.{name}.{kind}" for name in ("tiny", TWIN) for kind in ("bulk", "normal", "interactive")}
     assert queues == {*own, "celery"}

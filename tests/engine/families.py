@@ -94,6 +94,7 @@ _TIGHT = {"kv_tokens": 256, "max_batch_tokens": 23}
 
 VARIANTS: dict[str, Variant] = {
     "in lockstep": Variant({"lookahead": 0}),
+    "in lockstep, gathered": Variant({"lookahead": 0, "attention": "sdpa"}),
     "one step ahead": Variant({"lookahead": 1}),
     "preempted": Variant({"lookahead": 0, **_TIGHT}, wave=8, check=_preempted),
     "preempted, one step ahead": Variant({"lookahead": 1, **_TIGHT}, wave=8, check=_preempted),

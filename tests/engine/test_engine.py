@@ -167,7 +167,8 @@ def test_engine_without_kv_tokens_takes_a_bounded_cache_on_a_cpu(model_folder: C
     [
         ({"attention": "flash-attn-2"}, "flash-attn needs CUDA"),
         ({"attention": "triton"}, "Triton needs CUDA"),
-        ({"attention": "xformers"}, "auto, sdpa, flash-attn-2, triton"),
+        ({"attention": "sparse", "dtype": "bfloat16"}, "not in bfloat16"),
+        ({"attention": "xformers"}, "auto, sdpa, sparse, flash-attn-2, triton"),
         ({"dtype": "int4"}, "float32, bfloat16, float16"),
         ({"device": "tpu"}, "auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "CUDA devices"),

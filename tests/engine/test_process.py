@@ -79,13 +79,13 @@ def test_engine_process_generates_what_the_engine_in_process_does(model_folder: 
         _, stderr = child.process.communicate(timeout=30)
 
     assert ready.fingerprint == Engine.start(settings).fingerprint
-    assert (ready.device, ready.dtype, ready.attention_backend) == ("cpu", "float32", "sdpa")
+    assert (ready.device, ready.dtype, ready.attention_backend) == ("cpu", "float32", "sparse")
     assert (ready.max_model_len, ready.kv_tokens, ready.block_size) == (512, 8192, 16)
     assert outputs == expected.outputs
     assert frames[-1].num_running == frames[-1].num_waiting == 0
     assert frames[-1].num_free_blocks == 8192 // 16
     assert child.process.returncode == 0
-    assert "attention backend sdpa" in stderr
+    assert "attention backend sparse" in stderr
 
 
 def test_engine_process_finishes_a_sequence_when_told_to(model_folder: Callable[[str], Path]) -> None:

@@ -76,7 +76,7 @@ def test_every_number_has_limits() -> None:
         ("log_level", "loud", "DEBUG, INFO, WARNING, ERROR, CRITICAL"),
         ("engine_dtype", "int4", "auto, float32, bfloat16, float16"),
         ("engine_layout", "round", "auto, packed, padded"),
-        ("engine_attention", "flash", "auto, sdpa, flash-attn-2, triton"),
+        ("engine_attention", "flash", "auto, sdpa, sparse, flash-attn-2, triton"),
         ("engine_device", "gpu", "auto, cpu, cuda or cuda:N"),
     ],
 )

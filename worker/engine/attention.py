@@ -34,7 +34,7 @@ NAME = "millrace"
 LAYER_BUFFER = "millrace_layer"
 
 #: What engine.attention may be.
-BACKENDS = ("auto", "sdpa", "flash-attn-2", "triton")
+BACKENDS = ("auto", "sdpa", "sparse", "flash-attn-2", "triton")
 
 #: Keywords that models pass on and that change nothing here: positions are in the queries and keys already, dropout
 #: is zero outside training, and the cache is ours.
@@ -217,7 +217,11 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     """
     if name not in BACKENDS:
         raise ConfigurationError(f"engine.attention={name!r} is unknown: it is one of {', '.join(BACKENDS)}")
-    obstacles = {"triton": triton_obstacle(device), "flash-attn-2": flash_attention_obstacle(device, dtype)}
+    obstacles = {
+        "triton": triton_obstacle(device),
+        "flash-attn-2": flash_attention_obstacle(device, dtype),
+        "sparse": sparse_obstacle(device, dtype),
+    }
     if obstacle := obstacles.get(name):
         raise ConfigurationError(f"engine.attention={name!r} cannot run here: {obstacle}; use auto or sdpa")
     if name == "auto":
@@ -232,9 +236,22 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
         from worker.engine.backends.flash_attention import FlashAttentionBackend
 
         return FlashAttentionBackend()
+    if name == "sparse":
+        from worker.engine.backends.sparse import SparseBackend
+
+        return SparseBackend()
     from worker.engine.backends.sdpa import SDPABackend
 
     return SDPABackend()
+
+
+def sparse_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why decode cannot run on sparse matrices here; None where it can, and then it is faster than gathering."""
+    if device.type != "cpu":
+        return f"the device is {device}, and sparse is for the CPU"
+    if dtype != torch.float32:
+        return f"torch's sparse products are in float32, not in {str(dtype).removeprefix('torch.')}"
+    return None
 
 
 def flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
