@@ -20,7 +20,7 @@ def make_step(num_kv_heads: int) -> AttentionStep:
     cache = KVCache([LayerShape(num_kv_heads, 32)], sum(num_blocks), 16, torch.device("cpu"), torch.float32)
     for tensor in cache._layers[0]:
         tensor.normal_(generator=generator)
-    blocks = torch.randperm(sum(num_blocks), generator=generator).int().split(num_blocks)
+    blocks = torch.split(torch.randperm(sum(num_blocks), generator=generator).int(), num_blocks)
     tables = torch.zeros(len(LENS), max(num_blocks), dtype=torch.int32)
     for table, row in zip(tables, blocks, strict=True):
         table[: len(row)] = row
@@ -45,11 +45,12 @@ def test_sparse_decode_equals_gathered_decode(
     monkeypatch.setattr(sparse, "_MAX_ENTRIES", max_entries)
     step = make_step(num_kv_heads)
     query = torch.randn(len(LENS), num_heads, 32, generator=torch.Generator().manual_seed(2))
-    caches, terms = step.cache._layers[0], AttentionTerms(0.3, window, softcap)
+    (keys, values), terms = step.cache._layers[0], AttentionTerms(0.3, window, softcap)
 
-    output = SparseBackend().attend(query, *caches, step, terms)
+    output = SparseBackend().attend(query, keys, values, step, terms)
 
-    torch.testing.assert_close(output, SDPABackend().attend(query, *caches, step, terms), rtol=1e-5, atol=1e-5)
+    expected = SDPABackend().attend(query, keys, values, step, terms)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_scores_too_large_for_an_exponential_leave_the_largest() -> None:
