@@ -88,7 +88,7 @@ class CallService:
             return  # cancelled before its turn
         try:
             request = read_call(ticket.kind, ticket.args, ticket.kwargs, self._models)
-            self._inference.run(call, [request])
+            self._inference.preparation.run(call, [request])
         except InvalidRequest as error:
             self._end(call, error_of(Failure(error.code, error.message)))
         except UnicodeEncodeError:

@@ -278,7 +278,7 @@ class ChunkService:
         with self._open_lock:
             self._open[lease.chunk_id] = chunk
         try:
-            self.inference.run(chunk, lease.requests, lease.job_params, lease.done, apart=apart)
+            self.inference.preparation.run(chunk, lease.requests, lease.job_params, lease.done, apart=apart)
         except DatabaseUnavailable as error:
             logger.warning("chunk %d is given up until its lease expires: %s", lease.chunk_id, error)
             self._drop(chunk)

@@ -5,12 +5,11 @@ It owns the tokenizer, the engines, the registry of what they owe, and the way t
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from protocol.frames import EngineReady
-from protocol.requests import Failure, Request
-from protocol.sampling import SamplingParams
+from protocol.requests import Failure
 from protocol.settings import Settings
 from storage.answers import AnswerCache
 from storage.flights import Flights
@@ -20,7 +19,7 @@ from worker.defaults import read_model_defaults
 from worker.engine_group import EngineGroup
 from worker.generations import Done, Generations
 from worker.owner import Owner
-from worker.preparation import UNSET_PARAMS, Preparation, answered, failed, too_late
+from worker.preparation import Preparation, answered, failed, too_late
 from worker.text import Tokenizer
 
 logger = logging.getLogger("millrace.worker")
@@ -35,7 +34,8 @@ _MAX_FOLLOWERS = 4096
 
 
 class Inference:
-    """`on_room` is called from any thread when `has_room` may have changed; `on_fatal` when work cannot go on."""
+    """Once it has started, `preparation` takes work in. `on_room` is called from any thread when `has_room` may have
+    changed; `on_fatal` when work cannot go on."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Inference:
         except BaseException:
             self._engines.stop()
             raise
-        self._preparation = Preparation(
+        self.preparation = Preparation(
             ledger=self._ledger,
             cache=self._cache,
             tokenizer=tokenizer,
@@ -111,27 +111,15 @@ class Inference:
         What is less urgent does not count: it gives way.
         """
         full_batches = _INTAKE_BATCHES * self.engine.max_num_seqs * self.num_engines
-        if self._preparation.followers.num_waiting > _MAX_FOLLOWERS:
+        if self.preparation.followers.num_waiting > _MAX_FOLLOWERS:
             return False
         num_live, num_tokens = self._generations.promised(rank)
         return num_live < full_batches or num_tokens < self._intake_tokens
 
-    def run(
-        self,
-        owner: Owner,
-        requests: Iterable[Request],
-        job_params: SamplingParams = UNSET_PARAMS,
-        done: Collection[tuple[int, int]] = (),
-        *,
-        apart: bool = False,
-    ) -> None:
-        """Start what is not known already; as in Preparation.run, whose errors it raises."""
-        self._preparation.run(owner, requests, job_params, done, apart=apart)
-
     def abandon(self, *owners: Owner) -> None:
         """The owners wait no longer: what nobody else waits for is cancelled."""
         self._generations.abandon(*owners)
-        self._preparation.followers.forget_abandoned()
+        self.preparation.followers.forget_abandoned()
         self._on_room()
 
     def committed(self, keys: Iterable[bytes]) -> None:
@@ -142,7 +130,7 @@ class Inference:
 
     def look_after_followers(self) -> None:
         """See to what other workers compute for this one too; to be called now and then. Raises DatabaseUnavailable."""
-        self._preparation.followers.look()
+        self.preparation.followers.look()
 
     def info(self) -> dict[str, object]:
         """Facts for `inspect stats`."""
@@ -161,7 +149,7 @@ class Inference:
             "max_num_seqs": ready.max_num_seqs,
             "versions": ", ".join(f"{name} {version}" for name, version in ready.versions.items()),
             "running": self._generations.num_live,
-            "followers": self._preparation.followers.num_waiting,
+            "followers": self.preparation.followers.num_waiting,
             "computed_tokens": self._generations.num_computed_tokens,
             "prefix_hit_tokens": self._generations.num_prefix_hit_tokens,
             "preemptions": self._generations.num_preemptions,
@@ -184,7 +172,7 @@ class Inference:
 
     def _expire(self) -> float:
         """End what waits for longer than it may; the engine frees its blocks before its next step."""
-        generations, followers, now = self._generations, self._preparation.followers, time.monotonic()
+        generations, followers, now = self._generations, self.preparation.followers, time.monotonic()
         late = [*generations.expire(now), *followers.expire(now)]
         try:
             for piece in late:

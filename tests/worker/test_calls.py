@@ -42,6 +42,7 @@ class FakeInference:
 
     def __init__(self, act: Callable[[OpenCall, Request], None]) -> None:
         self._act = act
+        self.preparation = self
         self.abandoned: list[OpenCall] = []
 
     def run(self, owner: OpenCall, requests: Iterable[Request]) -> None:

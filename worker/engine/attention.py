@@ -28,7 +28,7 @@ from worker.engine.kv_cache import KVCache
 
 log = logging.getLogger("millrace.engine")
 
-#: The implementation's name. It has no mask function under that name, so transformers builds no mask at all.
+#: The implementation's name.
 NAME = "millrace"
 #: The buffer in which a compiled layer's attention finds its number; as a plain int it would be compiled in.
 LAYER_BUFFER = "millrace_layer"
@@ -132,39 +132,62 @@ def running(step: Step) -> Iterator[None]:
         _running = None
 
 
+class Attend(Protocol):
+    """What stands in for a model's attention."""
+
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, carried: Any
+    ) -> Tensor:
+        """query (T, H, E), key and value (T, G, E), result (T, H, E)."""
+
+
 def register() -> None:
     """Make `attn_implementation=NAME` known to transformers."""
+    register_as(NAME, _attend_in_step)
+
+
+def register_as(name: str, attend: Attend, keyword: str | None = None) -> None:
+    """Make `attn_implementation=name` known to transformers; `keyword` is one that the model's forward carries to it.
+
+    It must have no mask function under that name, so that transformers builds no mask at all.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    assert NAME not in ALL_MASK_ATTENTION_FUNCTIONS
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+    def attention(
+        module: nn.Module,
+        query: Tensor,  # (1, H, T, E)
+        key: Tensor,  # (1, G, T, E)
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        carried = None if keyword is None else others.pop(keyword, None)
+        terms = terms_of(module, query, attention_mask, scaling, sliding_window, softcap, others)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return attend(module, q, k, v, terms, carried).unsqueeze(0), None
+
+    assert name not in ALL_MASK_ATTENTION_FUNCTIONS
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,  # (1, H, T, E)
-    key: Tensor,  # (1, G, T, E)
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    terms = terms_of(module, query, attention_mask, scaling, sliding_window, softcap, kwargs)
+def _attend_in_step(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, carried: Any
+) -> Tensor:
     if not terms.is_causal:
         raise ConfigurationError(f"{type(module).__name__} asks its attention for is_causal=False: it is no decoder")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if torch.compiler.is_compiling():
-        window, limit = terms.window or 0, terms.softcap or 0.0
-        output: Tensor = torch.ops.millrace.attend(q, k, v, getattr(module, LAYER_BUFFER), terms.scale, window, limit)
-        return output.unsqueeze(0), None
+        layer_number, window, limit = getattr(module, LAYER_BUFFER), terms.window or 0, terms.softcap or 0.0
+        output: Tensor = torch.ops.millrace.attend(query, key, value, layer_number, terms.scale, window, limit)
+        return output
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
         raise ConfigurationError(f"{type(module).__name__} does not know which layer it is")
     assert _running is not None, "the model was run outside a step"
-    return _running.attend(layer, q, k, v, terms).unsqueeze(0), None
+    return _running.attend(layer, query, key, value, terms)
 
 
 @torch.library.custom_op("millrace::attend", mutates_args=())

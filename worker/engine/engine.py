@@ -1,7 +1,6 @@
 """Engine: Scheduler and Runner together, and the loop that may run one step ahead. It knows token ids, and no pipe."""
 
 import logging
-import platform
 import time
 from collections import deque
 
@@ -22,8 +21,9 @@ from worker.engine.kernels.obstacle import triton_obstacle
 from worker.engine.limits import check_limits, step_limits
 from worker.engine.loader import LoadedModel, load_model
 from worker.engine.memory import bound_memory
-from worker.engine.model_files import ENGINE_VERSION, files_digest, fingerprint, resolve_folder
+from worker.engine.model_files import files_digest, fingerprint, resolve_folder
 from worker.engine.padded_runner import PaddedRunner
+from worker.engine.ready import environment
 from worker.engine.runner import Runner, StepHandle
 from worker.engine.scorer import Scores
 from worker.engine.telemetry import Telemetry
@@ -121,26 +121,17 @@ class Engine:
         return bool(self._in_flight or self._refused or scheduler.num_running or scheduler.num_waiting)
 
     def ready(self) -> EngineReady:
-        import transformers
-
         return EngineReady(
             fingerprint=self.fingerprint,
             max_model_len=self.loaded.max_model_len,
             kv_tokens=self.scheduler.blocks.capacity,
             max_num_seqs=self.scheduler.max_num_seqs,
             block_size=self.scheduler.blocks.block_size,
-            device=_device_name(self.loaded.device),
             dtype=self.loaded.dtype_name,
             attention_backend=self.attention_name,
-            versions={
-                "engine": ENGINE_VERSION,
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
-            },
             layout=self.loaded.layout,
-            num_devices=torch.cuda.device_count() if self._spreads and self.loaded.device.type == "cuda" else 1,
             vocab_size=self.loaded.vocab_size,
+            **environment(self.loaded.device, spreads=self._spreads),
         )
 
     def add(self, new: NewSequence) -> None:
@@ -338,9 +329,3 @@ def token_scores(plan: StepPlan, scores: Scores) -> list[TokenScores]:
             )
         )
     return found
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "cpu"
-    return f"{device} ({torch.cuda.get_device_name(device)})"

@@ -1,7 +1,6 @@
 """PoolingEngine: the Engine of models that make one vector of a text. A Sequence is whole in one step and then done."""
 
 import logging
-import platform
 from collections import deque
 
 import numpy as np
@@ -14,9 +13,10 @@ from protocol.errors import ConfigurationError, InvalidRequest
 from protocol.frames import EngineReady, NewSequence, StepFrame
 from protocol.settings import EngineSettings
 from worker.engine.limits import step_limits
-from worker.engine.model_files import ENGINE_VERSION, files_digest, fingerprint, resolve_folder
+from worker.engine.model_files import files_digest, fingerprint, resolve_folder
 from worker.engine.pooled_model import PooledModel, load_pooled
 from worker.engine.pooling_runner import PoolingRunner, VectorsHandle
+from worker.engine.ready import environment
 from worker.engine.task import Task
 from worker.engine.text_attention import choose_text_attention
 from worker.engine.waste import Waste
@@ -65,31 +65,21 @@ class PoolingEngine:
         return bool(self._in_flight or self._refused or self.scheduler.num_running or self.scheduler.num_waiting)
 
     def ready(self) -> EngineReady:
-        import transformers
-
-        device, scheduler = self.pooled.device, self.scheduler
-        is_cuda = device.type == "cuda"
+        scheduler = self.scheduler
         return EngineReady(
             fingerprint=self.fingerprint,
             max_model_len=self.pooled.max_model_len,
             kv_tokens=scheduler.max_batch_tokens,  # nothing is kept beyond a step, so it is what holds a text
             max_num_seqs=scheduler.max_num_seqs,
             block_size=1,
-            device=f"{device} ({torch.cuda.get_device_name(device)})" if is_cuda else "cpu",
             dtype=self.pooled.dtype_name,
             attention_backend=self.attention_name,
-            versions={
-                "engine": ENGINE_VERSION,
-                "python": platform.python_version(),
-                "torch": str(torch.__version__),
-                "transformers": transformers.__version__,
-            },
             layout=self.pooled.layout,
-            num_devices=torch.cuda.device_count() if self._spreads and is_cuda else 1,
             vocab_size=self.pooled.vocab_size,
             task=self.pooled.task,
             num_dimensions=self.pooled.num_dimensions,
             labels=self.pooled.labels,
+            **environment(self.pooled.device, spreads=self._spreads),
         )
 
     def add(self, new: NewSequence) -> None:

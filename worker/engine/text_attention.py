@@ -5,7 +5,7 @@ number. Letters: T tokens of the step, S texts, H query heads, G key/value heads
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protocol.errors import ConfigurationError
-from worker.engine.attention import AttentionTerms, choose_backend, flash_attention_obstacle, terms_of
+from worker.engine.attention import AttentionTerms, choose_backend, flash_attention_obstacle, register_as
 from worker.engine.backends.sdpa import attend_causally, attend_masked
 
-#: The implementation's name. It has no mask function under that name, so transformers builds no mask at all.
+#: The implementation's name.
 NAME = "millrace_texts"
 #: The keyword that carries the texts through the model's forward.
 STEP = "millrace_texts_step"
@@ -112,27 +112,12 @@ def attend_text(query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms
 
 def register() -> None:
     """Make `attn_implementation=NAME` known to transformers."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    assert NAME not in ALL_MASK_ATTENTION_FUNCTIONS
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+    register_as(NAME, _attend, STEP)
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,  # (1, H, T, E)
-    key: Tensor,  # (1, G, T, E)
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    step: TextStep | None = kwargs.pop(STEP, None)
-    if step is None:
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, carried: TextStep | None
+) -> Tensor:
+    if carried is None:
         raise ConfigurationError(f"{type(module).__name__} does not pass keywords on to its attention function")
-    terms = terms_of(module, query, attention_mask, scaling, sliding_window, softcap, kwargs)
-    output = step.attend(0, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), terms)
-    return output.unsqueeze(0), None
+    return carried.attend(0, query, key, value, terms)
