@@ -20,7 +20,7 @@ from worker.generations import Generations, Piece
 from worker.owner import Owner
 from worker.pooled import check_kind, samples_of
 from worker.scoring import ScoredPrompt, encode_scored
-from worker.text import Tokenizer
+from worker.text import Oversize, Tokenizer
 from worker.truncation import keep_end, of_token_ids
 
 logger = logging.getLogger("millrace.worker")
@@ -29,6 +29,9 @@ UNSET_PARAMS = SamplingParams()
 #: Seconds without another look into a database that is away, for those who can do without: each try takes a second.
 _LEDGER_REST_S = 5.0
 
+
+#: What becomes of a Request's text.
+Encoded = list[int] | ScoredPrompt | Failure | Oversize
 
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -217,11 +220,12 @@ class Preparation:
                 continue
             ids = encoded[id(piece.request)]
             if not isinstance(ids, Failure):
-                num_tokens = len(ids if isinstance(ids, list) else ids.token_ids)
-                # What is not generated needs no room for an answer.
-                most = self._context_tokens - (piece.request.kind == "generate")
-                if num_tokens > most:
-                    ids = self._too_long(num_tokens, most, piece.request.kind)
+                most = self._most_tokens(piece.request)
+                if isinstance(ids, Oversize):
+                    size = f"{ids.num_characters} characters, which are {ids.num_tokens} tokens or more"
+                    ids = self._too_long(size, most, piece.request.kind)
+                elif (num_tokens := len(ids if isinstance(ids, list) else ids.token_ids)) > most:
+                    ids = self._too_long(f"{num_tokens} tokens", most, piece.request.kind)
             if not isinstance(ids, Failure):
                 ready.append((piece, ids))
             else:
@@ -229,21 +233,33 @@ class Preparation:
         self._generations.add(ready, self._context_tokens)
         self._note_deadlines(piece for piece, _ in ready)
 
-    def _encode(self, pieces: Sequence[Piece]) -> dict[int, list[int] | ScoredPrompt | Failure]:
+    def _encode(self, pieces: Sequence[Piece]) -> dict[int, Encoded]:
         """By the Request's identity: each is tokenized once, also when it has several samples."""
         requests = {id(piece.request): piece.request for piece in pieces}
+        # Of these the end is kept, whatever their length.
+        cut = {id(piece.request) for piece in pieces if piece.params.too_long == TRUNCATE_LEFT}
         generating = {key: request for key, request in requests.items() if request.kind != "score"}
-        encoded: dict[int, list[int] | ScoredPrompt | Failure] = dict(
-            zip(generating, self._tokenizer.encode(list(generating.values())), strict=True)
-        )
         tokenizer = self._tokenizer
+
+        def most(request: Request) -> int | None:
+            return None if id(request) in cut else self._most_tokens(request)
+
+        encoded: dict[int, Encoded] = dict(
+            zip(generating, tokenizer.encode(list(generating.values()), most), strict=True)
+        )
         for key in requests.keys() - generating.keys():
-            encoded[key] = encode_scored(requests[key], tokenizer.encode_text, tokenizer.prefix_token_id)
+            request = requests[key]
+            whole = request.prompt or f"{request.context or ''}{request.continuation or ''}"
+            encoded[key] = tokenizer.oversize(whole, self._most_tokens(request)) or encode_scored(
+                request, tokenizer.encode_text, tokenizer.prefix_token_id
+            )
         return encoded
 
-    def _cut(
-        self, pieces: Sequence[Piece], encoded: Mapping[int, list[int] | ScoredPrompt | Failure]
-    ) -> dict[int, Piece]:
+    def _most_tokens(self, request: Request) -> int:
+        """Of its prompt. What is not generated needs no room for an answer."""
+        return self._context_tokens - (request.kind == "generate")
+
+    def _cut(self, pieces: Sequence[Piece], encoded: Mapping[int, Encoded]) -> dict[int, Piece]:
         """By the piece's identity: those that are too long and may lose their beginning, as what is left of them."""
         requests: dict[int, Request] = {}
         cut: dict[int, Piece] = {}
@@ -260,7 +276,7 @@ class Preparation:
             cut[id(piece)] = msgspec.structs.replace(piece, request=request, params=params, key=key)
         return cut
 
-    def _too_long(self, num_tokens: int, most: int, kind: Kind) -> Failure:
+    def _too_long(self, size: str, most: int, kind: Kind) -> Failure:
         limit, room = "of prompt and answer together, so at most {most} of prompt", "KV_TOKENS"
         way_out = f"Shorten the prompt, let its beginning go with too_long {TRUNCATE_LEFT}"
         if kind != "generate":
@@ -269,7 +285,7 @@ class Preparation:
             limit, room = "in one step, which holds the whole text", "MAX_BATCH_TOKENS"
         return Failure(
             "prompt_too_long",
-            f"the prompt has {num_tokens} tokens; this engine holds {self._context_tokens} {limit.format(most=most)}. "
+            f"the prompt has {size}; this engine holds {self._context_tokens} {limit.format(most=most)}. "
             f"{way_out}, or serve the model with a larger MILLRACE_ENGINE_MAX_MODEL_LEN or "
             f"MILLRACE_ENGINE_{room} where its configuration allows it and run the same with --retry-errors",
         )

@@ -1,16 +1,26 @@
 """Text to token ids and back: the model's own tokenizer and chat template, and the watch for stop strings."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import ConfigurationError
 from protocol.requests import Failure, Request
 from worker.detokenizer import Detokenizer, stable_context
+from worker.token_bound import TokenBound
 from worker.token_bytes import TokenBytes
 
 logger = logging.getLogger("millrace.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Oversize:
+    """A prompt that is too long for certain: at least how many tokens it has, which nobody counted."""
+
+    num_tokens: int
+    num_characters: int
 
 
 class Tokenizer:
@@ -37,15 +47,25 @@ class Tokenizer:
         self.prefix_token_id = self.bos_token_id if self.bos_token_id is not None else self.eos_token_id
         self._token_bytes = TokenBytes(self._tokenizer)
         self.token_bytes = self._token_bytes.of
+        self._bound = TokenBound(self._tokenizer, self._backend, self._token_bytes)
 
-    def encode(self, requests: Sequence[Request]) -> list[list[int] | Failure]:
+    def encode(
+        self, requests: Sequence[Request], most: Callable[[Request], int | None] = lambda request: None
+    ) -> list[list[int] | Failure | Oversize]:
         """Token ids per Request, in order; a Request whose messages the template refuses becomes a Failure.
+
+        One whose text has more than `most` tokens may become an Oversize, if that can be told at once: to tokenize
+        megabytes takes many seconds.
 
         Templated text carries its own special tokens, so none are added to it; a bare prompt gets the model's. Token
         ids are taken as they are.
         """
-        texts: list[str | list[int] | Failure] = [self._render(request) for request in requests]
-        encoded: list[list[int] | Failure] = [[] if isinstance(t, str) else t for t in texts]
+        texts: list[str | list[int] | Failure | Oversize] = [self._render(request) for request in requests]
+        for i, request in enumerate(requests):
+            text, limit = texts[i], most(request)
+            if isinstance(text, str) and limit is not None:
+                texts[i] = self.oversize(text, limit) or text
+        encoded: list[list[int] | Failure | Oversize] = [[] if isinstance(t, str) else t for t in texts]
         for is_chat in (False, True):
             chosen = [
                 (i, text)
@@ -57,6 +77,11 @@ class Tokenizer:
                 for (i, _), ids in zip(chosen, batch, strict=True):
                     encoded[i] = ids or Failure("empty_prompt", "the prompt has no tokens: send at least one character")
         return encoded
+
+    def oversize(self, text: str, most: int) -> Oversize | None:
+        """If it is certain that the text has more than so many tokens; telling takes a moment at any length."""
+        num_tokens = self._bound.exceeds(text, most)
+        return None if num_tokens is None else Oversize(num_tokens, len(text))
 
     def encode_text(self, text: str) -> list[int]:
         """With the special tokens that the model's tokenizer adds to any text."""

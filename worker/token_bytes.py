@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,8 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._num_tokens = 1 + max(tokenizer.get_vocab().values())
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
+        self._num_tokens = 1 + max(self._vocabulary.values())
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
         steps = (decoder or {}).get("decoders", [decoder or {}])
@@ -23,10 +25,20 @@ class TokenBytes:
         # What stands for a space inside tokens, "▁" as a rule.
         spaces = [step.get("replacement") for step in steps if step.get("type") == "Metaspace"]
         spaces += [step["pattern"].get("String") for step in steps if step.get("type") == "Replace"]
-        self._space = next((space for space in spaces if space), None)
+        self.space: str | None = next((space for space in spaces if space), None)
         self._added: dict[int, Any] = dict(tokenizer.added_tokens_decoder)
         self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.of = lru_cache(maxsize=1 << 16)(self._of)
+
+    @property
+    def has_all_bytes(self) -> bool:
+        """Whether each byte by itself is a token."""
+        single = _byte_alphabet() if self.is_byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+        return all(token in self._vocabulary for token in single)
+
+    def all(self) -> Iterator[bytes]:
+        """Of every token there is."""
+        return (self._of_text(token_id, text) for text, token_id in self._vocabulary.items())
 
     def is_silent(self, token_id: int) -> bool:
         """Whether decoding leaves the token out: a special one, or one that only the model has."""
@@ -43,8 +55,9 @@ class TokenBytes:
 
     def _of(self, token_id: int) -> bytes:
         text = self._text(token_id)
-        if text is None:
-            return b""
+        return b"" if text is None else self._of_text(token_id, text)
+
+    def _of_text(self, token_id: int, text: str) -> bytes:
         if token_id in self._added:
             return str(self._added[token_id].content).encode()
         if self.is_byte_level:
@@ -53,8 +66,8 @@ class TokenBytes:
             return text.encode() if None in known else bytes(byte for byte in known if byte is not None)
         if self._has_byte_tokens and (found := _BYTE_TOKEN.fullmatch(text)):
             return bytes([int(found[1], 16)])
-        if self._space is not None:
-            return text.replace(self._space, " ").encode()
+        if self.space is not None:
+            return text.replace(self.space, " ").encode()
         alone: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
         return alone.encode()
 

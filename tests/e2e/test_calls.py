@@ -140,6 +140,8 @@ def test_a_text_is_scored(app: Celery) -> None:
     reply = get(app.send_task("millrace.score", kwargs=kwargs))
     assert "".join(token["token"] for token in reply["score"]["tokens"]) == " holds the prompts"
     assert reply["score"]["logprob"] < 0
+    with pytest.raises(ValueError, match=r"300018 characters, which are .* this engine holds 512 of prompt"):
+        get(app.send_task("millrace.score", kwargs={**kwargs, "context": "a longer context " * 17_647 + " "}))
     whole = get(app.send_task("millrace.score", [f"{MARKER} the queue holds"]))
     assert whole["score"]["num_tokens"] > reply["score"]["num_tokens"]
 
@@ -152,7 +154,11 @@ def test_a_text_is_scored(app: Celery) -> None:
         ({"prompt": MARKER, "max_token": 1}, "unknown_field: 'max_token' is not a known field"),
         ({"prompt": MARKER, "self": 1}, "unknown_field: 'self' is not a known field"),
         ({"prompt": MARKER, "stop": ["", MARKER]}, "invalid_parameter: stop=.* is out of range"),
-        ({"prompt": f"{MARKER} " * 400}, "prompt_too_long: the prompt has .* tokens; this engine holds 512"),
+        ({"prompt": f"{MARKER} " * 400}, "prompt_too_long: the prompt has .* tokens.*; this engine holds 512"),
+        (
+            {"prompt": f"{MARKER} " * 100_000},
+            r"the prompt has 1200000 characters, which are \d+ tokens or more; this engine holds 512",
+        ),
         ({"prompt": {MARKER: MARKER}}, "invalid_type: prompt must be a string or token ids"),
         ({"prompt": MARKER, "model": MARKER}, "unknown_model: .* this worker's, which is 'tiny'"),
         ({"messages": [{"role": MARKER}]}, "missing_field: messages.0. needs content"),

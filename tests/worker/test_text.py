@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import ConfigurationError
 from protocol.requests import Failure, Message, Request
-from worker.text import StopWatch, Tokenizer
+from worker.text import Oversize, StopWatch, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,33 @@ def test_an_empty_prompt_is_refused(tokenizer: Tokenizer) -> None:
     (failure,) = tokenizer.encode([Request(line=1, prompt="")])
     assert isinstance(failure, Failure)
     assert failure.code == "empty_prompt"
+
+
+def test_what_is_too_long_for_certain_is_not_tokenized(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    encode_texts = tokenizer._encode_texts
+
+    def record(texts: list[str], **options: bool) -> list[list[int]]:
+        asked.extend(texts)
+        return encode_texts(texts, **options)
+
+    monkeypatch.setattr(tokenizer, "_encode_texts", record)
+    huge = "the queue holds the prompts " * 10_000
+    requests = [
+        Request(line=1, prompt=huge),
+        Request(line=2, messages=(Message("user", huge),)),
+        Request(line=3, prompt="the"),
+        Request(line=4, prompt=huge),
+    ]
+    first, chat, short, unlimited = tokenizer.encode(requests, lambda r: None if r.line == 4 else 100)
+
+    assert isinstance(first, Oversize)
+    assert isinstance(chat, Oversize)
+    assert (first.num_characters, first.num_tokens > 100) == (len(huge), True)
+    assert isinstance(short, list)
+    assert isinstance(unlimited, list)
+    assert len(unlimited) >= first.num_tokens
+    assert asked == ["the", huge]
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
