@@ -184,6 +184,10 @@ class AsyncClient:
         """As Client's."""
         return await self._call(self._open.find, name)
 
+    async def find_to_delete(self, name: str) -> Job:
+        """As Client's."""
+        return await self._call(self._open.find_to_delete, name)
+
     async def jobs(self, limit: int = 100) -> list[Job]:
         """As Client's."""
         return await self._call(self._open.jobs, limit)
