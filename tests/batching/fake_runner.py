@@ -66,6 +66,14 @@ class FakeRunner:
         self.last_token[layout.sampled_rows] = tokens
         return np.array(tokens, dtype=np.int64)
 
+    def fail(self, known: dict[Sequence, list[int]]) -> None:
+        """Steps have failed somewhere in their middle: nothing here is of use, and texts are what is `known`."""
+        self.cache.fill(-1)
+        self.block_table.fill(-1)
+        self.last_token.fill(-1)
+        self.length.fill(-1)
+        self.texts = known
+
     def _attended(self, row: int, kv_len: int) -> npt.NDArray[np.int64]:
         num_blocks = -(-kv_len // self.block_size)
         return self.cache[self.block_table[row, :num_blocks]].reshape(-1)[:kv_len]

@@ -25,6 +25,7 @@ class Arrival:
     cancels: tuple[tuple[int, int, int], ...] = ()
     num_samples: int = 1
     priority: int = 0
+    urged: tuple[tuple[int, int, int], ...] = ()  # (sample, step, priority from then on)
     deadline: float | None = None
     score_from: int | None = None
     tenant: str = ""
@@ -65,6 +66,9 @@ class Loop:
     num_duplicating_steps: int = 0
     admitted: list[int] = field(default_factory=list)
     num_scored: dict[Sequence, int] = field(default_factory=dict)
+    failing: frozenset[int] = frozenset()  # launches for which memory is too small, by their number
+    num_launches: int = 0
+    num_failures: int = 0
 
     def __post_init__(self) -> None:
         limits = self.limits
@@ -117,10 +121,29 @@ class Loop:
             if plan is None:
                 break
             self.check(plan)
+            self.num_launches += 1
+            if self.num_launches in self.failing:
+                self.give_way(plan)
+                return
             self.in_flight.append((plan, self.runner.launch(plan)))
         if not self.in_flight:
             assert not self.scheduler.num_waiting, "nothing runs, yet some wait"
             return
+        self.process()
+
+    def give_way(self, failed: StepPlan) -> None:
+        """Memory was too small for a step: those before it end, and all that runs starts again with smaller ones."""
+        self.num_failures += 1
+        while self.in_flight:
+            self.process()
+        for segment, first, _ in failed.scored:
+            self.num_scored[failed.sequences[segment]] = first
+        self.runner.fail({seq: [*seq.prompt_ids.tolist(), *seq.output_ids] for seq in self.runner.texts})
+        self.scheduler.take_back([failed])
+        self.scheduler.max_batch_tokens = max(self.scheduler.max_batch_tokens // 2, 1)
+        self.check_blocks()
+
+    def process(self) -> None:
         outcome = self.scheduler.process(*self.in_flight.popleft())
         for seq_id, token in zip(outcome.seq_ids, outcome.token_ids, strict=True):
             self.outputs[seq_id].append(token)

@@ -29,6 +29,8 @@ one_arrival = st.builds(
     cancels=st.just(()) | st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.integers(0, 4))).map(tuple),
     num_samples=st.sampled_from([1, 1, 2, 3, 5]),
     priority=st.sampled_from([0, 0, 0, -1, 1]),
+    urged=st.just(())
+    | st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.integers(-1, 0)), max_size=2).map(tuple),
     deadline=st.sampled_from([None, None, 1.0, 2.0]),
 )
 only_scored = one_arrival.map(lambda a: replace(a, max_tokens=0, score_from=a.score_from or 0))
@@ -51,11 +53,14 @@ def fits(arrival: Arrival, limits: Limits) -> bool:
 
 
 @settings(max_examples=400, deadline=None)
-@given(arrivals, limits)
-def test_every_sequence_gets_its_sequential_text_and_no_block_is_lost(todo: list[Arrival], limits: Limits) -> None:
-    loop = Loop(limits)
+@given(arrivals, limits, st.just(frozenset()) | st.frozensets(st.integers(1, 30), max_size=4))
+def test_every_sequence_gets_its_sequential_text_and_no_block_is_lost(
+    todo: list[Arrival], limits: Limits, failing: frozenset[int]
+) -> None:
+    loop = Loop(limits, failing=failing)
     todo = [arrival for arrival in todo if fits(arrival, limits)]
     cancels = Counter((step, 10 * i + sample, kept) for i, a in enumerate(todo) for sample, step, kept in a.cancels)
+    urged = [(step, 10 * i + sample, to) for i, a in enumerate(todo) for sample, step, to in a.urged]
     last_step = max([arrival.step for arrival in todo] + [step for step, _, _ in cancels], default=0)
     cancelled: set[int] = set()
 
@@ -67,6 +72,9 @@ def test_every_sequence_gets_its_sequential_text_and_no_block_is_lost(todo: list
             if step == loop.num_steps and seq_id in loop.alive and seq_id not in loop.finished:
                 loop.finish(seq_id, num_kept)
                 cancelled.add(seq_id)
+        for step, seq_id, priority in urged:
+            if step == loop.num_steps:
+                loop.scheduler.raise_priority(seq_id, priority)
         loop.step()
         assert loop.num_steps < 5000, "no progress"
 
@@ -84,9 +92,10 @@ def test_every_sequence_gets_its_sequential_text_and_no_block_is_lost(todo: list
                 if arrival.score_from is not None and arrival.score_from < len(arrival.prompt) > 1:
                     assert loop.num_scored[loop.alive[10 * i + sample]] == len(arrival.prompt)
     has_room = limits.admission == "peak" or (limits.admission == "headroom" and limits.headroom_tokens == 100)
-    if has_room and len({arrival.priority for arrival in todo}) == 1:
+    if has_room and len({arrival.priority for arrival in todo}) == 1 and not urged and not loop.num_failures:
         assert loop.scheduler.num_preemptions == 0  # room was kept for all they might need
     event(f"preempted: {loop.scheduler.num_preemptions > 0}")
+    event(f"failed: {loop.num_failures > 0}")
     event(f"prefixes hit: {loop.num_hit_tokens > 0}")
     event(f"copied: {loop.num_copies > 0}")
     loop.check_blocks()

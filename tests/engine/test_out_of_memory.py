@@ -1,5 +1,6 @@
 """Steps that the memory is too small for: they get smaller, nobody's tokens change, and room comes back."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 from batching.padded import PaddedPlan
 from batching.scheduler import StepPlan
 from batching.token_budget import TokenBudget
-from tests.engine.reference import Reference, drive, new_sequence, settings_for
+from tests.engine.reference import Reference, Run, collect, drive, new_sequence, settings_for
 from worker.engine.engine import Engine
 from worker.engine.runner import StepHandle
 
@@ -56,6 +57,32 @@ def test_a_step_that_is_too_large_is_halved_and_everybody_gets_the_same_tokens(
     assert run.reasons == undisturbed.reasons
     assert scored_lengths(run.scores) == scored_lengths(undisturbed.scores)
     assert max(sizes) <= 40
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_step_that_fails_behind_its_forward_pass_leaves_nothing_of_it_in_memory(
+    layout: str, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine.start(settings_for(model_folder("llama"), layout=layout))
+    sample = engine.runner._sample
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def fail_once(*arguments: Any, **keywords: Any) -> Any:
+        if not kept:
+            kept.append(weakref.ref(engine.runner._scorer._output[0]))
+            raise torch.OutOfMemoryError("as if it were")
+        return sample(*arguments, **keywords)
+
+    monkeypatch.setattr(engine.runner, "_sample", fail_once)
+    engine.add(new_sequence(0, [1, 2, 3, 4], 2, score_from=1))
+    engine.step()
+
+    assert kept[0]() is None
+    run = Run({0: []})
+    while engine.has_work:
+        collect(engine, run)
+    assert len(run.outputs[0]) == 2
+    assert scored_lengths(run.scores) == {0: 4 * 3}  # bytes
 
 
 def test_fewer_sequences_run_when_one_token_of_each_is_too_much(

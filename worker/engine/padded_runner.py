@@ -25,6 +25,7 @@ class PaddedRunner(Runner):
         self._padded = PaddedForward(loaded.model)
 
     def forget(self) -> None:
+        self._scorer.forget()
         self._padded.caches.clear()
 
     def _arrays(self, plan: StepPlan, layout: PackedLayout) -> dict[str, Array]:

@@ -136,6 +136,7 @@ class Runner:
 
     def forget(self) -> None:
         """A launch has failed: what the device knows of the running rows is uncertain."""
+        self._scorer.forget()
         self.decode.forget()
 
     def _forward(self, plan: StepPlan, layout: PackedLayout, sent: dict[str, Tensor]) -> Forward:

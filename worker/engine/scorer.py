@@ -62,6 +62,10 @@ class Scorer:
             for hook in hooks:
                 hook.remove()
 
+    def forget(self) -> None:
+        """What was watched is not going to be scored: its memory is free."""
+        self._output = None
+
     def score(self, places: Tensor, targets: Tensor, num_top: int) -> Scores:
         """`places` (C,) are indices into the watched forward's tokens, all rows after each other."""
         output, self._output = self._output, None
