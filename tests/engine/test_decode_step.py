@@ -12,9 +12,8 @@ from torch import Tensor
 from tests.engine.reference import Reference, assert_equal_where_decided, drive, new_sequence, settings_for
 from worker.engine.attention import AttentionStep, AttentionTerms
 from worker.engine.backends.sdpa import SDPABackend
-from worker.engine.decode_step import Decoded
+from worker.engine.decode_step import Decoded, graph_sizes
 from worker.engine.engine import Engine
-from worker.engine.graph_sizes import graph_sizes
 from worker.engine.row_state import RowState
 
 

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import pytest
 import torch
 
 from worker.engine import attention
-from worker.engine.graph_sizes import graph_sizes, sharing_sizes
-from worker.engine.kv_cache import LayerShape
 
 HERE = Path(__file__).parent
 
@@ -153,24 +150,3 @@ def test_the_sampler_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> Non
     # The last is for the rare row that nothing else serves.
     assert [x.spilled_bytes for x in found[:4]] == [0, 0, 0, 0]
     assert "lg2.approx" in found[0].ptx
-
-
-def test_what_decode_and_prompts_need_is_compiled_in_advance(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.engine.ahead_of_time import compiled
-    from worker.engine import kv_cache
-    from worker.engine.backends.triton import TritonBackend
-    from worker.engine.kernel_building import build_attention
-    from worker.engine.kernels import paged_decode
-
-    monkeypatch.setattr(paged_decode, "_num_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(kv_cache, "triton_obstacle", lambda device: None)
-    layers = [LayerShape(num_kv_heads=2, head_dim=64)] * 3
-    with compiled() as found:
-        build_attention(TritonBackend(), layers, 4, 512, 64, torch.bfloat16, torch.device("cpu"))
-
-    counts = Counter(x.kernel for x in found)
-    assert set(counts) == {"_write", "_list_tiles", "_attend_tiles", "_attend_pieces"}
-    sizes = graph_sizes(64)
-    # Where rows share a prefix it is attended to apart from what is their own.
-    assert counts["_attend_tiles"] == len(sizes) + 2 * len(sharing_sizes(sizes))
-    assert counts["_attend_pieces"] == 1

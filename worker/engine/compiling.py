@@ -5,6 +5,8 @@ layers stays as it is. Attention is opaque to the compiler: see `attention`.
 """
 
 import logging
+import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from torch import nn
 
 from worker.engine import attention
 from worker.engine.attention import LAYER_BUFFER
+from worker.engine.kernels.obstacle import triton_obstacle
 from worker.engine.probe import WholeStep, probe_tokens
 
 log = logging.getLogger("millrace.engine")
@@ -50,6 +53,39 @@ def compile_layers(model: Any, config: Any, num_layers: int) -> bool:
         return False
     log.info("layers compiled in %.1f s", time.perf_counter() - started)
     return True
+
+
+@contextmanager
+def building_sampler(vocab_size: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """The sampler's kernels are compiled in the meantime; one that fails is compiled again where it is needed, and
+    fails there for all to see."""
+    if triton_obstacle(device) is not None:
+        yield
+        return
+    keep_one_cache()
+
+    def build() -> None:
+        from worker.engine.kernels.sampling import build
+
+        try:
+            build(vocab_size, dtype, device)
+        except Exception:
+            log.exception("the sampler's kernels cannot be compiled in advance")
+
+    thread = threading.Thread(target=build, name="build", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def keep_one_cache() -> None:
+    """Triton's own folder for all compiled kernels. torch.compile would set another one in passing, whenever it first
+    has something to compile: what is compiled after that would not be found by a process that has nothing to."""
+    from triton import knobs
+
+    os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
 
 
 @contextmanager

@@ -22,13 +22,17 @@ from worker.engine import attention
 from worker.engine.attention import AttentionBackend, AttentionStep
 from worker.engine.compiling import uncompiled
 from worker.engine.graph_pool import Graph, GraphPool
-from worker.engine.graph_sizes import graph_sizes, sharing_sizes
 from worker.engine.kernels.prefix_groups import PrefixGroups
 from worker.engine.kv_cache import KVCache
 from worker.engine.loader import LoadedModel
 from worker.engine.row_state import RowState
 
 log = logging.getLogger("millrace.engine")
+
+#: Fewer rows share too little.
+_LEAST_SHARING = 32
+#: Rows between one captured size and the next, from so many rows on. Padding costs about as much as it adds rows.
+_STRIDES = ((0, 2), (8, 8), (128, 16), (256, 32), (512, 64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,24 @@ class Decoded:
 class _Captured:
     graph: Graph
     decoded: Decoded  # of all its rows, once it is replayed
+
+
+def graph_sizes(num_rows: int) -> list[int]:
+    """At how many rows graphs are captured, so that up to `num_rows` can run; ascending."""
+    sizes, size = [], 0
+    while size < num_rows:
+        size += next(stride for start, stride in reversed(_STRIDES) if size >= start)
+        sizes.append(size)
+    return sizes
+
+
+def sharing_sizes(sizes: list[int]) -> list[int]:
+    """Those of `sizes` that are captured with shared prefixes too: fewer, since each costs time at the start."""
+    chosen: list[int] = []
+    for size in sizes:
+        if size >= _LEAST_SHARING and (not chosen or 3 * size >= 4 * chosen[-1]):
+            chosen.append(size)
+    return sorted({*chosen, sizes[-1]})
 
 
 class DecodeStep:

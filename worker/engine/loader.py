@@ -13,9 +13,8 @@ from protocol.settings import EngineSettings
 from worker.engine import attention
 from worker.engine.attention import AttentionTerms
 from worker.engine.checkpoint import read_config, read_model
-from worker.engine.compiling import compile_layers
+from worker.engine.compiling import building_sampler, compile_layers
 from worker.engine.fusing import fuse_linears
-from worker.engine.kernel_building import building_kernels
 from worker.engine.kv_cache import LayerShape
 from worker.engine.memory import check_memory
 from worker.engine.probe import probe_packed, probe_padded, scoring_obstacle
@@ -130,8 +129,7 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
     )
     is_wanted = weight.device.type == "cuda" if settings.compile is None else settings.compile
     if layout == "packed" and is_wanted:
-        num_heads, num_logits = config.num_attention_heads, len(model.get_output_embeddings().weight)
-        with building_kernels(layers, num_heads, num_logits, max_model_len, weight.dtype, weight.device, settings):
+        with building_sampler(len(model.get_output_embeddings().weight), weight.dtype, weight.device):
             compile_layers(model, config, len(layers))
     return loaded
 

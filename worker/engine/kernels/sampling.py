@@ -108,10 +108,11 @@ def sample_rows(
 
 def build(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile all of it, by drawing two tokens."""
-    logits = torch.zeros(2, vocab_size, dtype=dtype, device=device)
-    whole = torch.zeros(2, dtype=torch.int64, device=device)
-    floats = torch.ones(2, dtype=torch.float32, device=device)
-    sample_rows(logits, whole, floats, floats, whole, floats, whole, whole, whole)
+    with torch.inference_mode(), torch.cuda.device(device):
+        logits = torch.zeros(2, vocab_size, dtype=dtype, device=device)
+        whole = torch.zeros(2, dtype=torch.int64, device=device)
+        floats = torch.ones(2, dtype=torch.float32, device=device)
+        sample_rows(logits, whole, floats, floats, whole, floats, whole, whole, whole)
 
 
 @triton.jit
