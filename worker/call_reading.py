@@ -75,7 +75,7 @@ def _with_argument(kind: Kind, args: Sequence[Any], fields: dict[str, Any]) -> d
     if given == ["context"]:
         return {**fields, "continuation": text}
     if given:
-        if not any(_PLACEHOLDER in word for name in given for word in _words(fields[name])):
+        if not any(_PLACEHOLDER in word for name in given for word in words(fields[name])):
             raise InvalidRequest(
                 "invalid_parameter",
                 f"{given[0]} has no {_PLACEHOLDER} for what the task before this one returned: put it where that goes, "
@@ -120,16 +120,17 @@ def _filled(value: Any, text: str) -> Any:
 
 def _without_content(message: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """Readers quote what is wrong: a caller's words become their number."""
-    for word in {*_words(args), *(word for name, value in kwargs.items() if name != "kind" for word in _words(value))}:
+    for word in {*words(args), *(word for name, value in kwargs.items() if name != "kind" for word in words(value))}:
         message = message.replace(repr(word), f"<{len(word)} characters>")
     return message
 
 
-def _words(value: Any) -> Iterator[str]:
+def words(value: Any) -> Iterator[str]:
+    """All texts in a call's arguments."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        yield from _words(list(value.values()))
+        yield from words(list(value.values()))
     elif isinstance(value, list | tuple):
         for each in value:
-            yield from _words(each)
+            yield from words(each)

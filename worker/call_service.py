@@ -1,6 +1,7 @@
 """The life of calls in this worker: read, computed before anything else, answered through Celery, never leased.
 
-A thread of its own takes them up, so that none waits for a Chunk to be prepared.
+A thread of its own takes them up, so that none waits for a Chunk to be prepared; and another those with megabytes of
+text, whose tokenizing takes many seconds.
 """
 
 import logging
@@ -10,12 +11,15 @@ from collections.abc import Callable, Sequence
 
 from protocol.errors import InvalidRequest
 from protocol.requests import Answer, Failure
-from worker.call_reading import read_call
+from worker.call_reading import read_call, words
 from worker.inference import Inference
 from worker.open_call import OpenCall, Ticket
 from worker.reply import Reply, error_of
 
 logger = logging.getLogger("millrace.worker")
+
+#: Characters from which a call is a large one: a tokenizer takes about a tenth of a second for so many.
+_LARGE = 100_000
 
 
 class CallService:
@@ -35,19 +39,26 @@ class CallService:
         self._tenant = tenant
         self._keep = keep
         self._on_fatal = on_fatal
-        self._tickets: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._small: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._large: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._open: dict[str, OpenCall] = {}
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="calls", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, args=(self._small,), name="calls", daemon=True),
+            threading.Thread(target=self._run, args=(self._large,), name="large calls", daemon=True),
+        ]
 
     def start(self) -> None:
         """The Inference must have started."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Takes up what has come in, and nothing more. What nobody answers here any more goes to another worker."""
-        self._tickets.put(None)
-        self._thread.join()
+        for tickets in (self._small, self._large):
+            tickets.put(None)
+        for thread in self._threads:
+            thread.join()
 
     @property
     def num_open(self) -> int:
@@ -62,7 +73,8 @@ class CallService:
                 return
             call = OpenCall(ticket, self._tenant, keep=self._keep, on_end=self._end)
             self._open[ticket.task_id] = call
-        self._tickets.put(ticket)
+        is_large = sum(map(len, words((ticket.args, ticket.kwargs)))) >= _LARGE
+        (self._large if is_large else self._small).put(ticket)
 
     def cancel(self, task_id: str) -> None:
         """The caller has been told otherwise: free what was computed for it alone."""
@@ -73,9 +85,9 @@ class CallService:
             for ticket in call.tickets:
                 ticket.discard()
 
-    def _run(self) -> None:
+    def _run(self, tickets: "queue.SimpleQueue[Ticket | None]") -> None:
         try:
-            while (ticket := self._tickets.get()) is not None:
+            while (ticket := tickets.get()) is not None:
                 self._answer(ticket)
         except Exception:
             logger.exception("the thread that answers calls broke")

@@ -24,7 +24,7 @@ class Oversize:
 
 
 class Tokenizer:
-    """A model folder's tokenizer. Thread-safe for what the worker does: one thread encodes, another decodes."""
+    """A model folder's tokenizer. Thread-safe for what the worker does: some threads encode, another decodes."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ConfigurationError when the folder has no tokenizer that transformers can load."""

@@ -1,5 +1,6 @@
 """Calls without a queue: their arguments read, one open at a time for each task, replies that show counts alone."""
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -103,6 +104,25 @@ def test_a_cancelled_call_is_given_up_and_its_answer_comes_to_nobody() -> None:
     assert (ticket.outcome, ticket.is_discarded, len(inference.abandoned)) == (None, True, 1)
     assert kept == [(b"key", answer())]
     assert service.num_open == 0
+
+
+def test_no_call_waits_for_a_large_one_to_be_prepared() -> None:
+    large, small = (
+        FakeTicket("large", args=(), kwargs={"messages": [{"role": "user", "content": "x" * 100_000}]}),
+        FakeTicket("small"),
+    )
+    is_small_done = threading.Event()
+
+    def act(call: OpenCall, request: Request) -> None:
+        if call.task_id == "large":
+            assert is_small_done.wait(30)
+        settle(call, request)
+        if call.task_id == "small":
+            is_small_done.set()
+
+    served(FakeInference(act), large, small)
+    assert isinstance(small.outcome, Reply)
+    assert isinstance(large.outcome, Reply)
 
 
 def test_a_fault_of_ours_is_told_by_its_type_alone() -> None:
