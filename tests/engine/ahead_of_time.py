@@ -35,6 +35,7 @@ class Compiled:
     num_registers: int
     spilled_bytes: int
     ptx: str
+    specialization: str  # what Triton compiles anew for
 
 
 @contextmanager
@@ -54,12 +55,13 @@ def _compile(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
     launch = {name: options.pop(name) for name in list(options) if name not in names}
     values = dict(zip(names, arguments, strict=False)) | options
     constants = {p.name for p in kernel.params if p.is_constexpr}
+    general = {p.name for p in kernel.params if p.do_not_specialize}
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
     for i, name in enumerate(names):
         value = values[name]
-        if name in constants or (isinstance(value, int) and value == 1):
+        if name in constants or (isinstance(value, int) and value == 1 and name not in general):
             signature[name], constexprs[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(i,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
@@ -67,12 +69,12 @@ def _compile(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in general:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     result = triton.compile(source, target=HOPPER, options=launch)
     registers, spilled = _resources(result.asm["cubin"])
-    return Compiled(kernel.fn.__name__, result.metadata.shared, registers, spilled, result.asm["ptx"])
+    return Compiled(kernel.fn.__name__, result.metadata.shared, registers, spilled, result.asm["ptx"], source.hash())
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from worker.engine import attention
+from worker.engine.decode_step import graph_sizes
 
 HERE = Path(__file__).parent
 
@@ -92,6 +94,25 @@ def test_decode_compiles_for_hopper(heads: int, kv_heads: int, head_dim: int, mo
         assert kernel.shared_bytes * variant.programs_per_sm <= SHARED_BYTES_OF_ALL
         assert kernel.num_registers * 32 * variant.num_warps * variant.programs_per_sm <= 65_536
         assert "cp.async.cg.shared.global" in kernel.ptx  # 16 bytes each
+
+
+def test_decode_is_compiled_a_few_times_for_all_numbers_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.engine.ahead_of_time import compiled
+    from worker.engine.kernels import paged_decode
+    from worker.engine.kernels.decode_plan import plan_decode
+    from worker.engine.kernels.decode_variant import DECODE
+
+    monkeypatch.setattr(paged_decode, "_num_multiprocessors", lambda device: 132)
+    k_cache, v_cache = torch.zeros(2, 2, 64, 8, 128, dtype=torch.bfloat16)
+    with compiled() as found:
+        for num_rows in graph_sizes(1024):
+            query = torch.zeros(num_rows, 16, 128, dtype=torch.bfloat16)
+            tables, lens = torch.zeros(num_rows, 64, dtype=torch.int32), torch.ones(num_rows, dtype=torch.int32)
+            plan = plan_decode(tables, lens, 64, 8, DECODE)
+            paged_decode.decode(query, k_cache, v_cache, plan, scale=0.1)
+
+    ways = {(x.kernel, x.specialization) for x in found}
+    assert Counter(kernel for kernel, _ in ways) == {"_list_tiles": 2, "_attend_tiles": 1}
 
 
 @pytest.mark.parametrize(

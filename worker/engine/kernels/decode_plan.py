@@ -18,6 +18,8 @@ FIRST_BIT = tl.constexpr(1 << 20)
 LAST_BIT = tl.constexpr(1 << 21)
 #: Tiles that are listed at a time.
 _LISTED = 32
+#: Rows that a program looks at: few numbers, since the kernel is compiled for each.
+_FEW_ROWS, _MANY_ROWS = 128, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def plan_decode(
         TILE=tile,
         PIECE=piece,
         LISTED=_LISTED,
-        ROWS=triton.next_power_of_2(max(num_rows, 16)),
+        ROWS=_FEW_ROWS if num_rows <= _FEW_ROWS else triton.next_power_of_2(max(num_rows, _MANY_ROWS)),
         HAS_STARTS=starts is not None,
         HAS_TABLE_ROWS=table_rows is not None,
         HAS_WINDOW=window is not None,
@@ -85,7 +87,7 @@ def plan_decode(
     return DecodePlan(variant, num_rows, slots, rows, info, bounds, num_done)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _list_tiles(
     tables,
     lens,

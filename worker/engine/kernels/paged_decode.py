@@ -115,7 +115,7 @@ def _num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _attend_tiles(
     query,
     k_cache,
