@@ -5,8 +5,8 @@
 Each family's random-weight model runs through the engine in 16 bits; then prompt and output are put through the same
 model in float32 (the reference) and, plainly, in 16 bits (which gives the logit error of that arithmetic). A token
 other than the reference's best must be within twice that error of it, else it is unexplained; so must the scores of
-prompt tokens, which every second prompt asks for. Prints a table, then one JSON object as the last line; exit code 1
-when anything is unexplained, has failed, or nothing could be compared.
+prompt tokens, which every second prompt asks for. Prints a line per model as it is done, then one JSON object as the
+last line; exit code 1 when anything is unexplained, has failed, or nothing could be compared.
 """
 
 import argparse
@@ -274,11 +274,10 @@ def main() -> int:
         check = bundled if name == "bundled" else functools.partial(random_family, family, layout or "auto")
         if counts := attempt(name, failures, check):
             families[name] = counts
+            print(f"{name}: " + ", ".join(f"{key} {_short(value)}" for key, value in counts.items()), flush=True)
     noise = attempt("noise", failures, lambda: check_noise(device))
 
-    for name, counts in families.items():
-        print(f"\n{name}: " + ", ".join(f"{key} {_short(value)}" for key, value in counts.items()))
-    print(f"\nnoise: {noise}\nfailures: {failures or 'none'}")
+    print(f"noise: {noise}\nfailures: {failures or 'none'}")
     unexplained = sum(counts["unexplained"] + counts["unexplained_scores"] for counts in families.values())
     summary = {
         "families": families,
