@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -214,12 +215,12 @@ def test_a_fault_of_ours_costs_its_request_alone_after_one_retry(
     service, client, ledger = system
     encode, num_faults = Tokenizer.encode, 0
 
-    def faulty(self: Tokenizer, requests: list[Request]) -> object:
+    def faulty(self: Tokenizer, requests: list[Request], *limits: Any) -> object:
         nonlocal num_faults
         if any(request.prompt == "the bug" for request in requests):
             num_faults += 1
             raise ZeroDivisionError("as if it were")
-        return encode(self, requests)
+        return encode(self, requests, *limits)
 
     monkeypatch.setattr(Tokenizer, "encode", faulty)
     lines = [{"prompt": "sound"}, {"prompt": "the bug"}, {"prompt": "sound too"}]
