@@ -24,8 +24,9 @@ import torch  # noqa: E402
 
 from benchmarks.workloads import SHAPES, WORKLOADS, Workload, floor_seconds, make_workload  # noqa: E402
 from protocol.settings import EngineSettings  # noqa: E402
+from worker.engine.dtypes import choose_dtype  # noqa: E402
 from worker.engine.engine import Engine  # noqa: E402
-from worker.engine.loader import adopt, choose_device, choose_dtype  # noqa: E402
+from worker.engine.loader import adopt, choose_device  # noqa: E402
 
 
 @dataclass

@@ -76,7 +76,8 @@ def check_device(settings: Settings) -> Iterator[Finding]:
     import torch
 
     from worker.engine.attention import choose_backend, flash_attention_obstacle
-    from worker.engine.loader import choose_device, choose_dtype
+    from worker.engine.dtypes import choose_dtype
+    from worker.engine.loader import choose_device
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield ok("torch", f"{torch.__version__}, {cuda}, {torch.get_num_threads()} CPU threads")
@@ -89,7 +90,7 @@ def check_device(settings: Settings) -> Iterator[Finding]:
         yield warning("gpu", "nvidia-smi is here, but torch sees no GPU", way_out)
     device = choose_device(settings.engine)
     dtype = choose_dtype(settings.engine, device)
-    yield ok("device", f"{device} in {str(dtype).removeprefix('torch.')}")
+    yield ok("device", str(device))
     backend = choose_backend(settings.engine.attention, device, dtype)
     obstacle = flash_attention_obstacle(device, dtype) if settings.engine.attention == "auto" else None
     facts = f"{backend.name}{f'; without flash-attn: {obstacle}' if obstacle else ''}"
@@ -105,7 +106,8 @@ def check_model(settings: Settings) -> Iterator[Finding]:
     if find_spec("torch") is None:
         yield warning("model", CLIENT_ONLY, _INSTALL_WORKER)
         return
-    from worker.engine.loader import choose_device, choose_dtype
+    from worker.engine.dtypes import choose_dtype
+    from worker.engine.loader import choose_device
     from worker.engine.memory import available_bytes, check_memory, weight_bytes
     from worker.engine.model_files import resolve_folder
 
@@ -118,13 +120,13 @@ def check_model(settings: Settings) -> Iterator[Finding]:
             return
     folder = resolve_folder(engine.model, engine.revision)
     device = choose_device(engine)
-    dtype = choose_dtype(engine, device)
+    dtype = choose_dtype(engine, device, folder)
     needed, available = weight_bytes(folder, dtype), available_bytes(device, engine)
     check_memory(folder, device, dtype, engine)
     yield ok(
         "model",
         f"{folder}, served as {settings.served_model}: weights take {shown_bytes(needed)} of "
-        f"{shown_bytes(available)} on {device}",
+        f"{shown_bytes(available)} on {device} in {str(dtype).removeprefix('torch.')}",
     )
 
 

@@ -76,7 +76,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`; auto takes a GPU where there is one."""
     dtype: str = "auto"
-    """What weights and activations are computed in; auto is bfloat16 on CUDA and float32 on a CPU."""
+    """What weights and activations are computed in; auto is bfloat16 on CUDA, on a CPU float32, but for
+    large models kept in bfloat16 where the CPU computes in it natively."""
     task: str = "auto"
     """What the model is for: `generate` (and score), `embed` or `classify`; auto: what its files say."""
     pooling: str = "auto"

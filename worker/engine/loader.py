@@ -14,14 +14,13 @@ from worker.engine import attention
 from worker.engine.attention import AttentionTerms
 from worker.engine.checkpoint import read_config, read_model
 from worker.engine.compiling import building_sampler, compile_layers
+from worker.engine.dtypes import choose_dtype
 from worker.engine.fusing import fuse_linears
 from worker.engine.kv_cache import LayerShape
 from worker.engine.memory import check_memory
 from worker.engine.probe import probe_packed, probe_padded, scoring_obstacle
 
 log = logging.getLogger("millrace.engine")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 LAYOUTS = ("auto", "packed", "padded")
 
@@ -65,22 +64,12 @@ def choose_device(settings: EngineSettings) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def choose_dtype(settings: EngineSettings, device: torch.device) -> torch.dtype:
-    if settings.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if settings.dtype not in DTYPES:
-        raise ConfigurationError(
-            f"engine.dtype={settings.dtype!r} is unknown: it is auto or one of {', '.join(DTYPES)}"
-        )
-    return DTYPES[settings.dtype]
-
-
 def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
     """Raises ConfigurationError for a model that cannot be read or that the engine cannot run."""
     from transformers import AutoModelForCausalLM
 
     device = choose_device(settings)
-    dtype = choose_dtype(settings, device)
+    dtype = choose_dtype(settings, device, folder)
     attention.register()
     config = read_config(folder, _SUPPORTED)
     check_memory(folder, device, dtype, settings)

@@ -45,7 +45,13 @@ def check_memory(folder: Path, device: torch.device, dtype: torch.dtype, setting
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     """What the tensors of a folder's weights take once they are floats of `dtype`."""
-    return sum(num for path in weight_files(folder) for num in _numels(path)) * dtype.itemsize
+    return sum(num for _, num in stored_tensors(folder)) * dtype.itemsize
+
+
+def stored_tensors(folder: Path) -> Iterator[tuple[str, int]]:
+    """The dtype, as safetensors names it, and the number of elements of each tensor of a folder's weights."""
+    for path in weight_files(folder):
+        yield from _tensors(path)
 
 
 def available_bytes(device: torch.device, settings: EngineSettings) -> int:
@@ -83,8 +89,8 @@ def _fraction(device: torch.device, settings: EngineSettings) -> str:
     return f" (engine.memory_fraction={settings.memory_fraction})" if device.type == "cuda" else ""
 
 
-def _numels(path: Path) -> Iterator[int]:
-    """Elements per tensor, from the file's header alone; an unreadable file is left to whoever loads it."""
+def _tensors(path: Path) -> Iterator[tuple[str, int]]:
+    """From the file's header alone; an unreadable file is left to whoever loads it."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -96,7 +102,7 @@ def _numels(path: Path) -> Iterator[int]:
             num = 1
             for size in tensor["shape"]:
                 num *= size
-            yield num
+            yield tensor["dtype"], num
 
 
 def _machine_bytes() -> int:
