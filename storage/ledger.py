@@ -22,6 +22,9 @@ T = TypeVar("T")
 _BUSY_TIMEOUT_MS = 30_000
 #: Seconds PostgreSQL may take to accept a connection.
 _CONNECT_TIMEOUT_S = 10
+#: A server that has vanished, with its machine or the network to it, sends no end of its connections: after some 20 s
+#: without a sign of life they count as lost, and not after the hours or minutes of the system's defaults.
+_LIVENESS = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2, "tcp_user_timeout": 20_000}
 #: Seconds before each new try of a transaction that lost its connection or a deadlock. A longer outage is left to the
 #: caller, who knows whether anybody is waiting.
 _RETRY_DELAYS_S = (0.05, 0.2, 1.0)
@@ -192,7 +195,7 @@ def _make_engine(url: URL) -> Engine:
         return engine
     if url.get_backend_name() != "postgresql":
         raise ConfigurationError(f"{url.get_backend_name()} databases are not supported: use SQLite or PostgreSQL")
-    defaults: dict[str, Any] = {"connect_timeout": _CONNECT_TIMEOUT_S, "application_name": "millrace"}
+    defaults: dict[str, Any] = {"connect_timeout": _CONNECT_TIMEOUT_S, "application_name": "millrace", **_LIVENESS}
     engine = create_engine(
         url,
         hide_parameters=True,

@@ -5,6 +5,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, exc, select, text, update
@@ -296,3 +297,20 @@ def test_transactions_that_deadlock_both_succeed(postgres_ledger: Ledger) -> Non
 
     counts = postgres_ledger.read(lambda connection: connection.execute(select(jobs.c.num_lines)).scalars().all())
     assert len(set(counts)) == 1
+
+
+def test_a_server_that_vanished_without_a_word_is_noticed_within_seconds(
+    postgres_url: str, open_ledger: OpenLedger
+) -> None:
+    """With the system's defaults a connection to a machine that has lost its power lasts for hours."""
+
+    def options(connection: Connection) -> dict[str, str]:
+        driver: Any = connection.connection.driver_connection
+        found: dict[str, str] = driver.info.get_parameters()
+        return found
+
+    told = open_ledger(postgres_url).read(options)
+    idle, interval, count = (int(told[f"keepalives_{name}"]) for name in ("idle", "interval", "count"))
+    assert idle + interval * count <= 20
+    assert int(told["tcp_user_timeout"]) <= 20_000
+    assert open_ledger(f"{postgres_url}&tcp_user_timeout=0").read(options)["tcp_user_timeout"] == "0"
