@@ -187,10 +187,10 @@ class ChunkService:
             if self._is_draining.is_set():
                 return
             try:
-                if time.monotonic() >= next_sweep:
+                if (asked_at := time.monotonic()) >= next_sweep:
                     if not end_overdue(self._ledger, self.owner):
                         next_sweep = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
-                    self._takeover.back()
+                    self._takeover.answered(asked_at)
                 if ticket is not None:
                     self._claim(ticket)
                 elif ranks and time.monotonic() >= next_look and not self._claim_unasked(ranks):

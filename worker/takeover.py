@@ -22,14 +22,13 @@ class Takeover:
         """The database did not answer."""
         self._fair_at = math.inf
 
-    def back(self) -> None:
-        """It answered."""
-        if self._fair_at == math.inf:
-            self._fair_at = self._clock() + self._lease_s
+    def answered(self, asked_at: float) -> None:
+        """It answered what it was asked at this time; if that took long, others could not renew meanwhile either."""
+        now = self._clock()
+        if self._fair_at == math.inf or now - asked_at > self._lease_s / 3:
+            self._fair_at = now + self._lease_s
 
     def is_fair(self, asked_at: float) -> bool:
-        """To be called when a question of that time is answered, which on SQLite means that nobody else writes."""
-        now = self._clock()
-        if now - asked_at > self._lease_s / 3:
-            self._fair_at = now + self._lease_s
-        return now >= self._fair_at
+        """To be called as soon as a question of this time is being answered."""
+        self.answered(asked_at)
+        return self._clock() >= self._fair_at

@@ -19,14 +19,14 @@ def clock() -> Clock:
 
 def test_nothing_is_taken_over_until_those_who_live_had_the_time_to_renew(clock: Clock) -> None:
     takeover = Takeover(30.0, clock)
-    takeover.back()
+    takeover.answered(clock.now)
     assert takeover.is_fair(clock.now)
     takeover.away()
     clock.now += 600
     assert not takeover.is_fair(clock.now)
-    takeover.back()
+    takeover.answered(clock.now)
     clock.now += 29
-    takeover.back()  # every further answer changes nothing
+    takeover.answered(clock.now)  # every further answer changes nothing
     assert not takeover.is_fair(clock.now)
     clock.now += 1
     assert takeover.is_fair(clock.now)
@@ -42,3 +42,6 @@ def test_a_question_that_waited_for_long_was_an_outage_for_everybody(clock: Cloc
     assert not takeover.is_fair(clock.now)
     clock.now += 30
     assert takeover.is_fair(clock.now)
+    # Whatever it was that was asked.
+    takeover.answered(clock.now - 11)
+    assert not takeover.is_fair(clock.now)
