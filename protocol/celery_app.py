@@ -23,6 +23,11 @@ CALL_TASKS: dict[str, Kind] = {
 
 #: Seconds a Celery result (a count such as "64 ok, 2 error") stays readable; the Results themselves live in SQL.
 _RESULT_EXPIRES_S = 86_400
+#: Seconds without a sign of life, and as many again, after which a connection to the broker counts as lost: a Redis
+#: that has vanished with its machine, or the network to it, sends no end of it.
+_HEALTH_CHECK_S = 10
+#: Seconds that storing a reply, which holds up a worker's event loop, waits for Redis.
+_STORE_TIMEOUT_S = 2.0
 #: Seconds after which a worker that died while it gave messages back no longer keeps others from doing so.
 _RESTORE_LOCK_S = 10
 
@@ -80,7 +85,11 @@ def make_app(settings: Settings) -> Celery:
         result_backend_transport_options={
             "retry_policy": {"max_retries": 2, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.5}
         },
-        broker_transport_options={"unacked_restore_interval": 1, "unacked_restore_throttle": 1},
+        broker_transport_options={
+            "unacked_restore_interval": 1,
+            "unacked_restore_throttle": 1,
+            "health_check_interval": _HEALTH_CHECK_S,
+        },
     )
     if sentinels is not None:
         app.conf.broker_transport_options |= sentinels.celery_options
@@ -97,6 +106,8 @@ def make_worker_app(settings: Settings) -> Celery:
         task_default_queue=settings.shared_queue or "celery",
         # What follows on a call holds its answer: nothing of it is told to whoever watches.
         task_send_sent_event=False,
+        redis_socket_timeout=_STORE_TIMEOUT_S,
+        redis_socket_connect_timeout=_STORE_TIMEOUT_S,
         # A Redis that is full, cannot write its disk or has just become a replica refuses what it is told, for a while.
         broker_channel_error_retry=True,
     )

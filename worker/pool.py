@@ -5,6 +5,7 @@ stock Celery while hundreds of Requests are in flight in one process.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ class PoolParts:
     interactive: Any = None  # worker.interactive_queues.InteractiveQueues, which makes itself known
     outcomes: dict[str, Any] = field(default_factory=dict)  # by task id, while the tracer runs
     tickets: set[PoolTicket] = field(default_factory=set)  # Celery keeps only weak references to them
+    unreported: deque[tuple[PoolTicket, object]] = field(default_factory=deque)  # with outcomes, while Redis is away
 
 
 class EnginePool(BasePool):  # type: ignore[misc]  # celery has no types
@@ -94,8 +96,11 @@ class EnginePool(BasePool):  # type: ignore[misc]  # celery has no types
         return self._hub.call_later(delay_s, callback)
 
     def reconcile(self) -> None:
-        """End what was revoked, and consume each queue of Chunks exactly while there is credit for its classes. Runs on
-        the hub."""
+        """Report what waits for that, end what was revoked, and consume each queue of Chunks exactly while there is
+        credit for its classes. Runs on the hub."""
+        unreported = self.parts.unreported
+        while unreported and unreported[0][0].report(unreported[0][1]):
+            unreported.popleft()
         for ticket in list(self.parts.tickets):
             if isinstance(ticket, CallTicket) and ticket.task_id in state.revoked:
                 ticket.revoke()

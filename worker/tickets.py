@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from celery.worker import state
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
 from protocol.celery_app import CALL_TASKS, CHUNK_TASK
 from protocol.requests import Kind
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from worker.pool import EnginePool
 
 logger = logging.getLogger("millrace.worker")
+
+#: What is raised where Redis does not take a result or a message.
+_AWAY = (RedisError, OperationalError, OSError)
 
 
 class PoolTicket:
@@ -60,20 +65,33 @@ class PoolTicket:
         self._accept_callback(os.getpid(), self._accepted_at)
 
     def _finish(self, outcome: object) -> None:
+        unreported = self._pool.parts.unreported
+        # One after the other: each try with a Redis that does not answer holds the event loop up for seconds.
+        if unreported or not self.report(outcome):
+            unreported.append((self, outcome))
+
+    def report(self, outcome: object) -> bool:
+        """Tell Celery, on the hub; False where Redis does not take the outcome, which is then to be reported again."""
         parts = self._pool.parts
         parts.outcomes[self.task_id] = outcome
         self._free_of_lost_channel()
         try:
             is_failure, value, _ = self._target(*self._args)
+            if is_failure and isinstance(value.exception, _AWAY):
+                raise value.exception
             # The tracer's own clock started when the engine was already done.
             runtime_s = time.monotonic() - self._accepted_at
             self._callback((is_failure, value if is_failure else str(outcome), runtime_s))
+        except _AWAY as error:
+            logger.warning("the outcome of task %s waits for Redis: %s", self.task_id, type(error).__name__)
+            return False
         except Exception:
             # What counts is stored already; what Celery cannot store must not take the worker's loop down.
             logger.exception("the outcome of task %s could not be reported", self.task_id)
         finally:
             parts.outcomes.pop(self.task_id, None)
-            parts.tickets.discard(self)
+        parts.tickets.discard(self)
+        return True
 
     def _forget(self) -> None:
         self._pool.parts.tickets.discard(self)
