@@ -236,9 +236,10 @@ class PaddedScheduler:
             if num_rows <= self.max_rows and num_cells <= self.blocks.capacity:
                 break
             self._preempt(less_urgent.pop())
-        for rectangle in running:
+        # Of one that is gone altogether there is no cache to keep rows of.
+        self._rectangles = [rectangle for rectangle in running if rectangle.live]
+        for rectangle in self._rectangles:
             self._keep_live(plan, rectangle)
-        self._rectangles = [rectangle for rectangle in running if rectangle.rows]
 
     def _preempt(self, seq: Sequence) -> None:
         seq.state, seq.num_computed = SequenceState.WAITING, 0

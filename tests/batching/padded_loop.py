@@ -57,7 +57,8 @@ class PaddedLoop:
         caches = self.caches
         self.caches = caches = {number: caches[number] for number in caches.keys() & plan.caches}
         for number, rows in plan.kept.items():
-            caches[number] = [caches[number][row] for row in rows]
+            cache = caches[number]
+            caches[number] = [cache[row] for row in rows]
         for join in plan.joins:
             ours = [[_PAD] * join.num_pads + row for row in caches[join.number]]
             caches[join.number] = ours + [[_PAD] * join.num_other_pads + row for row in caches.pop(join.other)]

@@ -87,6 +87,23 @@ def test_calls_join_rectangles_and_everybody_has_the_text_of_an_undisturbed_run(
     )
 
 
+def test_calls_take_the_places_of_a_whole_rectangle(
+    model_folder: Callable[[str], Path], reference: Callable[[str], Reference]
+) -> None:
+    expected = reference("bloom")
+    engine, run = Engine.start(settings_for(model_folder("bloom"), max_num_seqs=2)), Run()
+    for i in range(4):
+        engine.add(msgspec.structs.replace(new_sequence(i, expected.prompts[i], 20), priority=0 if i >= 2 else 2))
+        if i == 1:
+            for _ in range(4):
+                collect(engine, run)
+    while engine.has_work:
+        collect(engine, run)
+
+    assert engine.scheduler.num_preemptions == 2
+    assert [run.outputs[i] for i in range(4)] == [output[:20] for output in expected.outputs[:4]]
+
+
 def test_rows_that_fit_alone_but_not_side_by_side_run_after_each_other(tmp_path: Path) -> None:
     import transformers
 
