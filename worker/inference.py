@@ -173,15 +173,15 @@ class Inference:
     def _expire(self) -> float:
         """End what waits for longer than it may; the engine frees its blocks before its next step."""
         generations, followers, now = self._generations, self.preparation.followers, time.monotonic()
-        late = [*generations.expire(now), *followers.expire(now)]
         try:
+            late = [*generations.expire(now), *followers.expire(now)]
             for piece in late:
                 piece.owner.settle(too_late(piece))
+            if late:
+                self._on_room()
         except Exception:
             logger.exception("what is late could not be ended")
             self._on_fatal("what is late could not be ended; see the traceback above")
-        if late:
-            self._on_room()
         return min(generations.first_deadline, followers.first_deadline)
 
     def _settle(self, done: list[Done]) -> None:
