@@ -8,9 +8,11 @@ from protocol.errors import ConfigurationError
 from protocol.settings import EngineSettings
 
 #: (Sequences, tokens) of a step. A GPU reads its weights once for all rows, so more rows are nearly free; a CPU's cache
-#: would not hold them.
+#: would not hold them, and a call would wait long for the end of such a step.
 _GPU = (1024, 16_384)
-_CPU = (256, 8192)
+_CPU = (256, 2048)
+#: Where texts must be whole in their step, the longest decides.
+_CPU_WHOLE = (256, 8192)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +21,10 @@ class Limits:
     max_batch_tokens: int
 
 
-def step_limits(settings: EngineSettings, device: torch.device) -> Limits:
-    num_seqs, num_tokens = _GPU if device.type == "cuda" else _CPU
+def step_limits(settings: EngineSettings, device: torch.device, *, is_whole: bool = False) -> Limits:
+    """`is_whole`: texts are not cut into pieces."""
+    on_cpu = _CPU_WHOLE if is_whole else _CPU
+    num_seqs, num_tokens = _GPU if device.type == "cuda" else on_cpu
     max_batch_tokens = num_tokens if settings.max_batch_tokens is None else settings.max_batch_tokens
     max_num_seqs = num_seqs if settings.max_num_seqs is None else settings.max_num_seqs
     return Limits(min(max_num_seqs, max_batch_tokens), max_batch_tokens)

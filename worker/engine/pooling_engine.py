@@ -34,7 +34,7 @@ class PoolingEngine:
         attention = choose_text_attention(settings.attention, pooled.device, pooled.backbone.dtype)
         is_packed = pooled.layout == "packed"
         self.attention_name = attention.name if is_packed else f"transformers' {pooled.attention}"
-        limits = step_limits(settings, pooled.device)
+        limits = step_limits(settings, pooled.device, is_whole=True)
         self.scheduler = WholeScheduler(
             max_num_seqs=limits.max_num_seqs,
             max_batch_tokens=limits.max_batch_tokens,
