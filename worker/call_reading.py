@@ -126,11 +126,13 @@ def _without_content(message: str, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 def words(value: Any) -> Iterator[str]:
-    """All texts in a call's arguments."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from words(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from words(each)
+    """All texts in a call's arguments, which may be nested deeper than functions may be."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list | tuple):
+            left.extend(value)

@@ -106,6 +106,16 @@ def test_a_cancelled_call_is_given_up_and_its_answer_comes_to_nobody() -> None:
     assert service.num_open == 0
 
 
+def test_a_call_nested_deeper_than_functions_may_be_is_refused() -> None:
+    nested: object = "deep"
+    for _ in range(2000):
+        nested = [nested]
+    ticket = FakeTicket("nested", args=(nested,))
+    served(FakeInference(settle), ticket)
+    assert isinstance(ticket.outcome, ValueError)
+    assert str(ticket.outcome).startswith("invalid_type: ")
+
+
 def test_no_call_waits_for_a_large_one_to_be_prepared() -> None:
     large, small = (
         FakeTicket("large", args=(), kwargs={"messages": [{"role": "user", "content": "x" * 100_000}]}),
