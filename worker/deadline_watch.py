@@ -41,7 +41,7 @@ class DeadlineWatch:
         while True:
             with self._changed:
                 while not self._is_stopped and (left_s := self._first - time.monotonic()) > 0:
-                    self._changed.wait(None if left_s == math.inf else left_s)
+                    self._changed.wait(min(left_s, threading.TIMEOUT_MAX))
                 if self._is_stopped:
                     return
                 self._first = math.inf  # what is noted while it acts stays noted

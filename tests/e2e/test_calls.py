@@ -191,6 +191,8 @@ def test_an_expired_call_is_not_computed(app: Celery, watched: Watched) -> None:
 def test_a_call_that_expires_in_the_engine_ends_and_frees_its_blocks(
     app: Celery, beside: Beside, watched: Watched
 ) -> None:
+    never = datetime(9999, 12, 31, tzinfo=UTC)
+    assert get(generate(app, "never expires").apply_async(expires=never))["usage"]["completion_tokens"] == 8
     (engine,) = beside.engines()
     # It does not get on, so that none of them can end in time.
     os.kill(engine, signal.SIGSTOP)
