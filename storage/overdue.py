@@ -1,9 +1,10 @@
 """Overdue Requests of Chunks that nobody works on end as errors, whoever looks, and whatever model they ask for: so
 those of a Job that no worker serves end too."""
 
+from collections.abc import Callable
 from functools import partial
 
-from sqlalchemy import Connection, Select, bindparam, select, update
+from sqlalchemy import ColumnElement, Connection, Select, bindparam, select, true, update
 
 from protocol.requests import Request, Result, deadline_exceeded
 from storage.clock import now_once
@@ -18,24 +19,33 @@ _MAX_CHUNKS = 20
 #: Of the lease, which is given up in the same transaction.
 _LEASE_S = 60.0
 
-_OVERDUE = (
-    select(chunks.c.id)
-    .where(is_bounded, chunks.c.due_at <= now_once(), is_waiting | (chunks.c.leased_until <= now_once()))
-    .order_by(chunks.c.due_at)
-    .limit(1)
-)
+
+def _overdue(whose: ColumnElement[bool]) -> Select[int]:
+    found = select(chunks.c.id).where(is_bounded, chunks.c.due_at <= now_once(), whose)
+    return found.order_by(chunks.c.due_at).limit(1)
 
 
-def end_overdue(ledger: Ledger, owner: str, *, job_id: str | None = None) -> int:
+_WAITING = _overdue(is_waiting)
+_FREE = _overdue(is_waiting | (chunks.c.leased_until <= now_once()))
+
+
+def end_overdue(
+    ledger: Ledger, owner: str, *, job_id: str | None = None, may_take_over: Callable[[], bool] = lambda: True
+) -> int:
     """Let what is late in waiting Chunks, of this Job or of all, be `deadline_exceeded`; returns in how many Chunks.
 
-    Also in those whose lease has run out. Where the rest of a Chunk is in time, it waits on. After so many Chunks it
-    comes back, to be called again. Raises DatabaseUnavailable.
+    Also in those whose lease has run out, if `may_take_over` says, as for `leases.claim_next`, that their owners have
+    died: who lives may have answers that were in time. Where the rest of a Chunk is in time, it waits on. After so many
+    Chunks it comes back, to be called again. Raises DatabaseUnavailable.
     """
-    overdue = _OVERDUE if job_id is None else _OVERDUE.where(chunks.c.job_id == bindparam("job", job_id))
+    is_of_job = true() if job_id is None else chunks.c.job_id == bindparam("job", job_id)
+
+    def overdue() -> Select[int]:
+        return (_FREE if may_take_over() else _WAITING).where(is_of_job)
+
     for num_ended in range(_MAX_CHUNKS):
         # Nearly always there are none, and to find that out nobody has to wait for his turn to write.
-        if ledger.read(lambda connection: connection.execute(overdue).first()) is None:
+        if ledger.read(lambda connection: connection.execute(overdue()).first()) is None:
             return num_ended
         ended = ledger.write(partial(_end_one, overdue=overdue, owner=owner))
         if ended is None:
@@ -44,9 +54,9 @@ def end_overdue(ledger: Ledger, owner: str, *, job_id: str | None = None) -> int
     return _MAX_CHUNKS
 
 
-def _end_one(connection: Connection, overdue: Select[int], owner: str) -> str | None:
+def _end_one(connection: Connection, overdue: Callable[[], Select[int]], owner: str) -> str | None:
     """Returns the Chunk's Job; None when others have all of them."""
-    chunk_id = connection.execute(overdue.with_for_update(skip_locked=True)).scalar()
+    chunk_id = connection.execute(overdue().with_for_update(skip_locked=True)).scalar()
     if chunk_id is None:
         return None
     lease = lease_chunk(connection, chunk_id, owner, _LEASE_S)

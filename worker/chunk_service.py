@@ -188,7 +188,7 @@ class ChunkService:
                 return
             try:
                 if (asked_at := time.monotonic()) >= next_sweep:
-                    if not end_overdue(self._ledger, self.owner):
+                    if not self._end_overdue():
                         next_sweep = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
                     self._takeover.answered(asked_at)
                 if ticket is not None:
@@ -203,6 +203,10 @@ class ChunkService:
                 self._is_draining.wait(next(pauses))
             else:
                 pauses = backoff(_RETRY_S, _MAX_RETRY_S)
+
+    def _end_overdue(self) -> int:
+        asked_at = time.monotonic()
+        return end_overdue(self._ledger, self.owner, may_take_over=lambda: self._takeover.is_fair(asked_at))
 
     def _next_ticket(self, ranks: list[int], next_look: float) -> Ticket | None:
         """The most urgent one, if it is for one of these classes; waits a moment for one where there is none."""
