@@ -2,12 +2,21 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from protocol.requests import Answer
+from protocol.requests import Result as RequestResult
+from storage.jobs import close_job_if_done
+from storage.leases import claim_next
+from storage.ledger import Ledger
+from storage.results import ChunkCommit, commit
+
 Invoke = Callable[..., Result]
+PROMPTS = '{"id": "a", "prompt": "Hello"}\nnonsense\n{"id": "c", "prompt": "Bye"}\n'
 
 
 @pytest.fixture
@@ -27,3 +36,35 @@ def millrace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
         )
 
     return invoke
+
+
+@pytest.fixture
+def here(millrace: Invoke, database_url: str, redis_url: str, tmp_path: Path) -> Invoke:
+    """The command line over this test's servers, in a folder with prompts."""
+    (tmp_path / "prompts.jsonl").write_text(PROMPTS)
+    here = partial(millrace, database_url=database_url, broker_url=redis_url, model_name="tiny")
+    assert here("migrate").exit_code == 0
+    return here
+
+
+@pytest.fixture
+def answer(database_url: str) -> Callable[[], None]:
+    """Do a worker's work on the oldest Chunk."""
+
+    def answer() -> None:
+        ledger = Ledger(database_url)
+        lease = claim_next(ledger, ["tiny"], "worker", 60, min_age_s=0)
+        assert lease is not None
+        results = [
+            RequestResult(
+                line=request.line,
+                custom_id=request.custom_id,
+                answer=Answer(text="yes", finish_reason="stop", prompt_tokens=1, completion_tokens=3),
+            )
+            for request in lease.requests
+        ]
+        commit(ledger, [ChunkCommit(lease, results, is_finished=True)])
+        close_job_if_done(ledger, lease.job_id)
+        ledger.close()
+
+    return answer
