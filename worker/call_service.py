@@ -41,6 +41,7 @@ class CallService:
         self._on_fatal = on_fatal
         self._small: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._large: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._is_closing = False
         self._open: dict[str, OpenCall] = {}
         self._lock = threading.Lock()
         self._threads = [
@@ -54,7 +55,9 @@ class CallService:
             thread.start()
 
     def close(self) -> None:
-        """Takes up what has come in, and nothing more. What nobody answers here any more goes to another worker."""
+        """Takes up what has come in, and nothing more; of large calls only the one in hand, since each of hundreds may
+        take a second. What nobody answers here any more goes to another worker."""
+        self._is_closing = True
         for tickets in (self._small, self._large):
             tickets.put(None)
         for thread in self._threads:
@@ -88,7 +91,11 @@ class CallService:
     def _run(self, tickets: "queue.SimpleQueue[Ticket | None]") -> None:
         try:
             while (ticket := tickets.get()) is not None:
-                self._answer(ticket)
+                if self._is_closing and tickets is self._large:
+                    with self._lock:
+                        self._open.pop(ticket.task_id, None)
+                else:
+                    self._answer(ticket)
         except Exception:
             logger.exception("the thread that answers calls broke")
             self._on_fatal("the thread that answers calls broke; see the traceback above")

@@ -116,23 +116,37 @@ def test_a_call_nested_deeper_than_functions_may_be_is_refused() -> None:
     assert str(ticket.outcome).startswith("invalid_type: ")
 
 
-def test_no_call_waits_for_a_large_one_to_be_prepared() -> None:
-    large, small = (
-        FakeTicket("large", args=(), kwargs={"messages": [{"role": "user", "content": "x" * 100_000}]}),
-        FakeTicket("small"),
+def test_no_call_waits_for_a_large_one_nor_does_who_stops_for_more_than_one() -> None:
+    large, left = (
+        FakeTicket(name, args=(), kwargs={"messages": [{"role": "user", "content": "x" * 100_000}]})
+        for name in ("large", "left")
     )
-    is_small_done = threading.Event()
+    small = FakeTicket("small")
+    is_large_in_hand, is_closing = threading.Event(), threading.Event()
 
     def act(call: OpenCall, request: Request) -> None:
         if call.task_id == "large":
-            assert is_small_done.wait(30)
+            is_large_in_hand.set()
+            assert is_closing.wait(30)
         settle(call, request)
-        if call.task_id == "small":
-            is_small_done.set()
 
-    served(FakeInference(act), large, small)
+    service = CallService(
+        cast("Inference", FakeInference(act)), ["tiny"], "default", keep=lambda *_: None, on_fatal=pytest.fail
+    )
+    for ticket in (large, left, small):
+        service.receive(ticket)
+    service.start()
+    assert is_large_in_hand.wait(30)
+    closing = threading.Thread(target=service.close)
+    closing.start()
+    service._threads[0].join(30)  # the small ones' has been told to end
+    is_closing.set()
+    closing.join()
+
     assert isinstance(small.outcome, Reply)
     assert isinstance(large.outcome, Reply)
+    # It is not acked, so that another worker gets it, and nobody waits for its end here.
+    assert (left.outcome, left.is_discarded, service.num_open) == (None, False, 0)
 
 
 def test_a_fault_of_ours_is_told_by_its_type_alone() -> None:
