@@ -45,8 +45,10 @@ class CheckedJob:
         for result in client.results(job, wait=False):
             num_rows += 1
             found[result.line] = result
-        problems = Counter(lost=len(self._expected) - len(found), duplicated=num_rows - len(found), wrong=0)
-        for line, expected in enumerate(self._expected, start=1):
+        expected_at = dict(enumerate(self._expected, start=1))
+        lost, unknown = expected_at.keys() - found.keys(), found.keys() - expected_at.keys()
+        problems = Counter(lost=len(lost), duplicated=num_rows - len(found), wrong=len(unknown))
+        for line, expected in expected_at.items():
             row = found.get(line)
             if row is not None and (row.answer is None or row.answer.text != expected):
                 problems["wrong"] += 1

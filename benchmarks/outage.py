@@ -8,10 +8,11 @@ has all the time. Nothing else is touched, so that the workers have to wait, to 
 Calls of many tokens are running when it begins.
 
 The last line is one JSON object, with an entry for each outage. `lost`, `duplicated` and `wrong` count Results and must
-be 0, as must `engines_replaced`, and `leases_repeated`, which counts Chunks that were given out again though both
-workers lived. `tokens_computed` by the engines, prefixes that they found in their caches left out, must not exceed
-`tokens_needed` by the answers. `landed_meanwhile` are Results that landed during the outage, `first_result_s` is from
-its end to the next one. Of `calls` so many were answered, the last of them `last_call_s` after the end.
+be 0, as must `engines_replaced`; `leases_repeated`, which counts Chunks that were given out again though both workers
+lived; `tokens_repeated`, by which `tokens_computed` by the engines, prefixes that they found in their caches left out,
+exceed the `tokens_needed` by the answers and the blocks that preempted Sequences had begun; and `calls_lost`, those of
+the `calls` that got no answer. `landed_meanwhile` are Results that landed during the outage, `first_result_s` is from
+its end to the next one, `last_call_s` to the last call's answer.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from protocol.errors import DatabaseUnavailable
 from storage.jobs import Job
 from storage.ledger import Ledger
 from storage.tables import chunks, results
+from worker.engine.backends.sdpa import SDPABackend
 
 LEASE_S = 30.0
 #: Of the Job's Results, when the outage begins.
@@ -145,6 +147,8 @@ def measure(database: str, targets: tuple[str, ...], seconds: float, checked: Ch
             _until_calls_run(calls)
             engines = _engines(system)
             before = _num_results(ledger, job)
+            if before >= total:
+                raise ValueError(f"all {total} results were there before the outage: ask for more with --requests")
             with outage.happening():
                 say(f"{before:5} of {total} results: {' and '.join(targets)} away on {database}")
                 time.sleep(seconds)
@@ -162,8 +166,10 @@ def measure(database: str, targets: tuple[str, ...], seconds: float, checked: Ch
             report["tokens_computed"] = sum(each["computed_tokens"] for each in stats.values())
             report["tokens_needed"] = _tokens_needed(ledger, job) + calls.tokens_needed
             report["preemptions"] = sum(each["preemptions"] for each in stats.values())
+            allowed = report["tokens_needed"] + report["preemptions"] * SDPABackend.block_size
+            report["tokens_repeated"] = max(report["tokens_computed"] - allowed, 0)
             report |= {"landed_meanwhile": after - before, "first_result_s": first_s and round(first_s, 2)}
-            report |= {"calls": _NUM_CALLS, "calls_answered": len(calls.answered_at)}
+            report |= {"calls": _NUM_CALLS, "calls_lost": _NUM_CALLS - len(calls.answered_at)}
             late = max(calls.answered_at, default=ended) - ended
             report["last_call_s"] = round(late, 2)
             for error in calls.errors[:3]:
@@ -232,7 +238,7 @@ def main() -> int:
         for database in arguments.databases
         for away in arguments.away
     ]
-    wrong = ("lost", "duplicated", "wrong", "engines_replaced", "leases_repeated")
+    wrong = ("lost", "duplicated", "wrong", "engines_replaced", "leases_repeated", "tokens_repeated", "calls_lost")
     report = {name: sum(outage[name] for outage in outages) for name in wrong}
     print(json.dumps({"outages": outages, "requests": arguments.requests} | report))
     return 1 if any(report.values()) else 0
