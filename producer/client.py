@@ -90,7 +90,7 @@ class Client:
         self._doorbell = Doorbell(self.settings)
         self._landings = LandingChannel.connect(self.settings.broker_url)
         self._wakeups = Wakeups(self.settings.broker_url)
-        self._watch = JobWatch(self._ledger, self._wakeups)
+        self._watch = JobWatch(self._ledger, self._wakeups, self.settings.lease_seconds)
         self._asks = Asks(self.settings, self._ledger, self._doorbell, self._wakeups)
         try:
             self._ledger.check_schema()
@@ -144,7 +144,9 @@ class Client:
         for another Job or somebody else is submitting the same.
         """
         params.validate()
-        intake = Intake(self.settings, self._ledger, self._doorbell, self._wakeups, window=window, wakeup=wakeup)
+        intake = Intake(
+            self.settings, self._ledger, self._doorbell, self._wakeups, self._watch, window=window, wakeup=wakeup
+        )
         content = source if isinstance(source, Source) else Source(source)
         model = self.settings.served_model
         names = content.model_names(model_names or (model,))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from producer.chunk_cutter import cut_chunks
 from producer.doorbell import Doorbell
-from producer.job_watch import OVERDUE_OWNER
+from producer.job_watch import JobWatch
 from producer.lines import LineReader
 from producer.pauses import Pauses
 from producer.source import Source
@@ -17,7 +17,6 @@ from protocol.settings import Settings
 from storage.jobs import Job, append_chunk, intake_position, seal_job
 from storage.landings import num_unfinished_requests
 from storage.ledger import Ledger
-from storage.overdue import end_overdue
 
 logger = logging.getLogger("millrace.producer")
 
@@ -34,6 +33,7 @@ class Intake:
         ledger: Ledger,
         doorbell: Doorbell,
         wakeups: Wakeups,
+        watch: JobWatch,
         *,
         window: int | None,
         wakeup: Wakeup | None,
@@ -43,6 +43,7 @@ class Intake:
         self._ledger = ledger
         self._doorbell = doorbell
         self._wakeups = wakeups
+        self._watch = watch
         self._window = window
         self._wakeup = wakeup or Wakeup()
         self._limits = (min(settings.chunk_requests, window or settings.chunk_requests), settings.chunk_bytes)
@@ -131,5 +132,5 @@ class Intake:
 
     def _num_unfinished(self, job: Job) -> int:
         # What is late ends here, where all workers have died or none is of this model.
-        end_overdue(self._ledger, OVERDUE_OWNER, job_id=job.id)
+        self._watch.end_overdue(job.id)
         return num_unfinished_requests(self._ledger, job.id)

@@ -1,31 +1,34 @@
 """JobWatch: waits for a Job, for its end and for its Results, by the ledger and the word that Redis carries."""
 
+import time
 from collections.abc import Callable, Iterator, Set
 
 from producer.job_results import FinishedOrder, InputOrder, Order
 from producer.pauses import Pauses
 from producer.wakeups import Wakeup, Wakeups
-from protocol.errors import JobNotFound
+from protocol.errors import DatabaseUnavailable, JobNotFound
 from protocol.requests import Result
 from storage.jobs import JobStatus, close_job_if_done, job_status, settled_position
 from storage.landings import job_progress
 from storage.ledger import Ledger
 from storage.overdue import end_overdue
+from storage.takeover import Takeover
 
 ENDED = ("finished", "cancelled")
 
 #: Seconds between two calls of a progress callback at most.
 _PROGRESS_S = 1.0
 #: In whose name overdue Chunks end here.
-OVERDUE_OWNER = "a client"
+_OVERDUE_OWNER = "a client"
 
 
 class JobWatch:
     """Thread-safe. Whoever brings a Wakeup along can stop the waiting with it."""
 
-    def __init__(self, ledger: Ledger, wakeups: Wakeups) -> None:
+    def __init__(self, ledger: Ledger, wakeups: Wakeups, lease_s: float) -> None:
         self._ledger = ledger
         self._wakeups = wakeups
+        self._takeover = Takeover(lease_s)
 
     def until_ended(
         self,
@@ -86,7 +89,7 @@ class JobWatch:
 
     def look(self, job_id: str) -> JobStatus:
         """How far the Job is; what is overdue in it and nobody works on ends here. Raises JobNotFound."""
-        end_overdue(self._ledger, OVERDUE_OWNER, job_id=job_id)
+        self.end_overdue(job_id)
         status = job_status(self._ledger, job_id)
         if status.job.state != "running" or status.num_chunks_finished < status.num_chunks:
             return status
@@ -94,8 +97,20 @@ class JobWatch:
         close_job_if_done(self._ledger, job_id)
         return job_status(self._ledger, job_id)
 
+    def end_overdue(self, job_id: str) -> None:
+        """What is late in the Job and nobody works on ends here; after an outage, once workers had the time to say that
+        they do. Raises DatabaseUnavailable."""
+        asked_at = time.monotonic()
+        try:
+            end_overdue(
+                self._ledger, _OVERDUE_OWNER, job_id=job_id, may_take_over=lambda: self._takeover.is_fair(asked_at)
+            )
+        except DatabaseUnavailable:
+            self._takeover.away()
+            raise
+
     def _has_ended(self, job_id: str) -> bool:
-        end_overdue(self._ledger, OVERDUE_OWNER, job_id=job_id)
+        self.end_overdue(job_id)
         progress = job_progress(self._ledger, job_id)
         if progress is None:
             raise JobNotFound(f"there is no Job {job_id!r}")

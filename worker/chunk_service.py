@@ -27,11 +27,11 @@ from storage.landing_channel import LandingChannel
 from storage.leases import Lease, claim_next, release, renew, still_leased
 from storage.ledger import Ledger
 from storage.overdue import end_overdue
+from storage.takeover import Takeover
 from worker.committer import Committer
 from worker.inference import ENGINE_MODULE, Inference
 from worker.open_chunk import OpenChunk, Ticket
 from worker.preparation import failed
-from worker.takeover import Takeover
 
 logger = logging.getLogger("millrace.worker")
 

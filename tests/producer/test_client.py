@@ -12,7 +12,7 @@ import redis
 
 from producer.client import Client
 from protocol.celery_app import normal_queue
-from protocol.errors import ConfigurationError, InvalidRequest, JobNotFound, SubmissionConflict
+from protocol.errors import ConfigurationError, DatabaseUnavailable, InvalidRequest, JobNotFound, SubmissionConflict
 from protocol.requests import Answer, Failure, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import EngineSettings, Settings
@@ -20,6 +20,7 @@ from storage.jobs import Job, cancel_job, close_job_if_done
 from storage.leases import claim_next
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit
+from storage.takeover import Takeover
 from tests.producer.conftest import MODEL, NOBODY_LISTENS, answer_oldest, lines_of
 from tests.storage.samples import new_lease
 
@@ -384,6 +385,31 @@ def test_what_is_late_ends_where_somebody_looks_though_no_worker_lives(client: C
     while client.status(asked).job.state != "finished":
         pass
     assert client.wait(asked).num_error == 1
+
+
+def test_after_an_outage_a_worker_has_the_time_to_bring_what_was_not_late(
+    client: Client, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(client._watch, "_takeover", Takeover(30.0, lambda: now[0]))
+    job = client.submit(["a", "b"], params=SamplingParams(timeout=0.001))
+    lease = claim_next(ledger, [MODEL], "worker", 0.0)
+    assert lease is not None
+
+    def unavailable(work: object) -> None:
+        raise DatabaseUnavailable("the database does not answer")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(client._ledger, "read", unavailable)
+        with pytest.raises(DatabaseUnavailable):
+            client.status(job)
+    now[0] = 60.0
+    assert client.status(job).num_error == 0
+    answer = Answer(text="in time", finish_reason="stop", prompt_tokens=1, completion_tokens=1)
+    commit(ledger, [ChunkCommit(lease, [Result(line=1, answer=answer)], is_finished=False)])
+    now[0] = 90.0
+    status = client.status(job)
+    assert (status.num_ok, status.num_error) == (1, 1)
 
 
 @pytest.mark.parametrize("url", ["carrier-pigeon://127.0.0.1", "redis://127.0.0.1:99999/0"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from worker.takeover import Takeover
+from storage.takeover import Takeover
 
 
 class Clock:
