@@ -415,9 +415,14 @@ class Generations:
 
     def _cancel(self, generations: list[Generation]) -> None:
         """The engine frees their blocks before its next step."""
+        by_engine: defaultdict[int, list[int]] = defaultdict(list)
         for generation in generations:
-            self._remove(generation)
+            self._forget(generation)
+            by_engine[generation.engine].append(generation.seq_id)
         self._end_in_engines([(generation, 0) for generation in generations])
+        # Only then the next ones, of which none is among these.
+        for engine, seq_ids in by_engine.items():
+            self._tell(engine, self._quarantines[engine].remove(seq_ids))
         if keys := [generation.key for generation in generations if generation.key is not None]:
             self.on_given_up(keys)
 

@@ -9,6 +9,7 @@ import pytest
 
 from protocol.frames import FinishReason, Intake, LogitTerms, StepFrame
 from protocol.logprobs import unpack_logprobs
+from protocol.packing import unpack_ints
 from protocol.requests import Answer, Failure, Request
 from protocol.sampling import SamplingParams, resolve
 from tests.worker.recording_owner import RecordingOwner
@@ -155,6 +156,27 @@ def test_abandoning_an_owner_cancels_only_what_nobody_else_waits_for(harness: Ha
     harness.step((running_shared.seq_id, 9), finished=[(running_shared.seq_id, "length", 1)])
     ((generation, _),) = harness.done
     assert [w.owner for w in generation.waiters] == [other]
+
+
+def test_suspects_that_nobody_waits_for_any_more_end_together(harness: Harness) -> None:
+    innocent = harness.piece(None, owner=RecordingOwner())
+    harness.generations.add([(harness.piece(None), [5]), (harness.piece(None), [6])], 100)
+    one, two = harness.sent[0].add
+    for _ in range(2):
+        harness.step((one.seq_id, 7), (two.seq_id, 8))
+        harness.generations.on_engine_death()
+        harness.generations.resend(lambda: None)
+    harness.generations.add([(innocent, [7])], 100)
+    # They run apart now, and everybody else after them.
+    assert [new.seq_id for new in harness.sent[-1].add] == [one.seq_id]
+    told = len(harness.sent)
+
+    harness.generations.abandon(harness.owner)
+
+    assert harness.sent[told] == Intake(finish=[(one.seq_id, 0), (two.seq_id, 0)])
+    (last,) = harness.sent[told + 1 :]
+    assert [unpack_ints(new.token_ids) for new in last.add] == [(7,)]
+    assert harness.generations.num_live == 1
 
 
 def test_what_somebody_more_urgent_joins_becomes_as_urgent(harness: Harness) -> None:
