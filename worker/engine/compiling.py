@@ -24,7 +24,7 @@ log = logging.getLogger("millrace.engine")
 
 #: Tokens that the layers are compiled with on a GPU. Their number is left open, but the compiler cuts its kernels for
 #: what it sees first: for the probe's few tokens, so small that half of a multiprocessor's warps find no place.
-_GPU_TOKENS = 1024
+_GPU_TOKENS, _CPU_TOKENS = 1024, 8
 
 
 @torch.inference_mode()
@@ -41,8 +41,12 @@ def compile_layers(model: Any, config: Any, num_layers: int) -> bool:
                 module.register_buffer(LAYER_BUFFER, torch.tensor(number, device="cpu"), persistent=False)
         layer.compile(dynamic=True, fullgraph=True)
     started = time.perf_counter()
-    few = probe_tokens(model, config)
-    tokens = probe_tokens(model, config, _GPU_TOKENS) if few.is_cuda else few
+    is_gpu = next(model.parameters()).is_cuda
+    tokens = probe_tokens(model, config, _GPU_TOKENS if is_gpu else _CPU_TOKENS)
+    # An odd number: sizes that are equal are one and the same to the compiler, and those of models are even. With as
+    # many tokens as, say, a hidden state has numbers it would compile for this number of them alone, and once more for
+    # whatever comes next.
+    tokens = tokens[: len(tokens) - 1 + len(tokens) % 2]
     try:
         with attention.running(WholeStep()):
             model(input_ids=tokens.unsqueeze(0), use_cache=False)
