@@ -339,8 +339,12 @@ class ChunkService:
                 del self._open[chunk.lease.chunk_id]
 
     def _renew(self) -> None:
-        while not self._is_stopping.wait(self.settings.lease_seconds / 3):
-            self._drop_lost(lambda held: renew(self._ledger, self.owner, held, self.settings.lease_seconds))
+        """Three times in the length of a lease, and soon again where that fails: short failures must not lose it."""
+        often_s = self.settings.lease_seconds / 3
+        pause_s = often_s
+        while not self._is_stopping.wait(pause_s):
+            is_done = self._drop_lost(lambda held: renew(self._ledger, self.owner, held, self.settings.lease_seconds))
+            pause_s = often_s if is_done else min(_RETRY_S, often_s)
 
     def _watch(self) -> None:
         """A cancelled Job's Sequences leave the engine within a moment."""
@@ -355,17 +359,19 @@ class ChunkService:
         except DatabaseUnavailable as error:
             logger.warning("answers of other workers cannot be found, trying again: %s", error)
 
-    def _drop_lost(self, ask: Callable[[dict[int, int]], set[int]]) -> None:
+    def _drop_lost(self, ask: Callable[[dict[int, int]], set[int]]) -> bool:
+        """False where the database does not say."""
         with self._open_lock:
             chunks = list(self._open.values())
         if not chunks:
-            return
+            return True
         try:
             still = ask({chunk.lease.chunk_id: chunk.lease.attempt for chunk in chunks})
         except DatabaseUnavailable as error:
             logger.warning("leases could not be looked after, trying again: %s", error)
-            return
+            return False
         # One that owes nothing any more is finished, or about to be.
         lost = [chunk for chunk in chunks if chunk.lease.chunk_id not in still and chunk.num_owed]
         if lost:
             self._drop(*lost)
+        return True

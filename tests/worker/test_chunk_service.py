@@ -5,13 +5,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from producer.client import Client
-from protocol.errors import DeadLetterNotFound
+from protocol.errors import DatabaseUnavailable, DeadLetterNotFound
 from protocol.faults import FAULT_VARIABLE
 from protocol.requests import Request
 from storage.jobs import cancel_job, job_status
@@ -19,7 +20,9 @@ from storage.ledger import Ledger
 from tests.processes import Watched, command_line, descendants
 from tests.tiny_model import build_tiny_model
 from tests.worker.service import hand_over, running_service, service_settings, submit, wait_until
+from worker import chunk_service
 from worker.chunk_service import ChunkService
+from worker.open_chunk import OpenChunk
 from worker.text import Tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -122,6 +125,31 @@ def test_what_is_late_becomes_an_error_and_the_rest_goes_on(system: tuple[ChunkS
     hand_over(service, ledger, too_late)
     assert client.wait(too_late).num_error == 1
     assert service.info()["computed_tokens"] == before
+
+
+def test_a_renewal_that_failed_is_tried_again_long_before_the_next_one(
+    tmp_path: Path, redis_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = service_settings(tmp_path, redis_server, f"sqlite:///{tmp_path}/ledger.db", lease_seconds=30.0)
+    service = ChunkService(settings, tmp_path, on_credit=lambda: None, on_fatal=pytest.fail)
+    service._open[1] = cast("OpenChunk", SimpleNamespace(lease=SimpleNamespace(chunk_id=1, attempt=1), num_owed=1))
+    answers: list[set[int] | None] = [{1}, None, None, {1}]
+    waits: list[float] = []
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        return len(waits) > 4
+
+    def renew(ledger: Ledger, owner: str, held: dict[int, int], lease_s: float) -> set[int]:
+        if (answer := answers.pop(0)) is None:
+            raise DatabaseUnavailable("the database does not answer")
+        return answer
+
+    monkeypatch.setattr(service._is_stopping, "wait", wait)
+    monkeypatch.setattr(chunk_service, "renew", renew)
+    service._renew()
+
+    assert waits == [10.0, 10.0, 1.0, 1.0, 10.0]
 
 
 def test_what_is_late_of_a_model_that_nobody_serves_ends_too(system: tuple[ChunkService, Client, Ledger]) -> None:
