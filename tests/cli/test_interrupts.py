@@ -11,10 +11,11 @@ from cli.interrupts import Interrupts
 
 @pytest.fixture(autouse=True)
 def _signals_as_in_a_terminal() -> Iterator[None]:
-    """The background of a shell, where these tests may run, has SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """The background of a shell has SIGINT ignored, and nohup SIGHUP: these tests may run under either."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGHUP, before[1])
 
 
 class Unlucky:

@@ -161,11 +161,13 @@ def test_a_stopped_command_leaves_no_half_of_a_file(
     job = here("submit", "prompts.jsonl").stdout.strip()
     answer()
     before = sorted(os.listdir())
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup
     stopping = iter((signal.SIGTERM, signal.SIGHUP))
     monkeypatch.setattr("cli.output.Output.write", lambda *_: os.kill(os.getpid(), next(stopping)))
 
     for command in (["results", job], ["submit", "prompts.jsonl", "--wait"]):
         assert here(*command, "-o", "results.jsonl").exit_code == 130
+    signal.signal(signal.SIGHUP, ignored)
     assert sorted(os.listdir()) == before
 
 

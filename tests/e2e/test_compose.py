@@ -164,7 +164,7 @@ def test_services_of_the_compose_file_answer_prompts_together(composition: Compo
     assert status_of(page, f"millrace:{PASSWORDS['FLOWER_PASSWORD']}") == 200
     code, stdout = composition.run("client")
     assert code == 0, stdout
-    assert "1 answers: tiny@" in stdout
+    assert "1 worker answers: tiny@" in stdout
 
     worker.terminate()
     assert worker.wait(PATIENCE_S) == 0
