@@ -77,6 +77,7 @@ def check_device(settings: Settings) -> Iterator[Finding]:
 
     from worker.engine.attention import choose_backend, flash_attention_obstacle
     from worker.engine.dtypes import choose_dtype
+    from worker.engine.kernels.obstacle import triton_obstacle
     from worker.engine.loader import choose_device
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
@@ -94,8 +95,9 @@ def check_device(settings: Settings) -> Iterator[Finding]:
     backend = choose_backend(settings.engine.attention, device, dtype)
     obstacle = flash_attention_obstacle(device, dtype) if settings.engine.attention == "auto" else None
     facts = f"{backend.name}{f'; without flash-attn: {obstacle}' if obstacle else ''}"
-    if obstacle and device.type == "cuda" and backend.name == "sdpa":
-        yield warning("attention", facts, "pip install '.[flash-attn]' in Millrace's folder: sdpa is much slower")
+    missing = triton_obstacle(device) if settings.engine.attention == "auto" and device.type == "cuda" else None
+    if missing:
+        yield warning("attention", f"{facts}; {missing}", "the engine is several times as fast with Triton's kernels")
     else:
         yield ok("attention", facts)
 

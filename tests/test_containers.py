@@ -123,3 +123,10 @@ def test_commands_of_the_dockerfile_can_be_parsed_by_a_shell() -> None:
 
 def test_paths_in_the_compose_file_exist_in_the_image() -> None:
     assert Path(ROOT, read_compose(PASSWORDS)["x-environment"]["MILLRACE_ENGINE_MODEL"]).is_dir()
+
+
+def test_worker_image_has_the_compiler_that_triton_needs() -> None:
+    stages = "\n".join(f"{name} {rest}" for name, rest in instructions()).split("\nFROM ")
+
+    (worker,) = [stage for stage in stages if stage.startswith("base AS worker")]
+    assert re.search(r"apt-get install .*\bgcc libc6-dev\b", worker)

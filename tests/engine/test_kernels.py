@@ -14,6 +14,7 @@ import torch
 
 from worker.engine import attention
 from worker.engine.decode_step import graph_sizes
+from worker.engine.kernels.obstacle import compiler_obstacle
 
 HERE = Path(__file__).parent
 
@@ -171,3 +172,34 @@ def test_the_sampler_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> Non
     # The last is for the rare row that nothing else serves.
     assert [x.spilled_bytes for x in found[:4]] == [0, 0, 0, 0]
     assert "lg2.approx" in found[0].ptx
+
+
+@pytest.mark.parametrize(
+    ("compilers", "has_headers", "expected"),
+    [
+        (["gcc"], True, None),
+        (["clang"], True, None),
+        ([], True, "install gcc, or name one with CC"),
+        (["gcc"], False, "Python.h: install python3-dev"),
+    ],
+)
+def test_triton_is_left_alone_where_it_could_not_compile(
+    compilers: list[str],
+    has_headers: bool,
+    expected: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in compilers:
+        (folder / name).touch(mode=0o755)
+    if has_headers:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
+
+    found = compiler_obstacle()
+
+    assert found is None if expected is None else expected in str(found)

@@ -1,6 +1,10 @@
 """Whether the kernels of this package run on a device; imports none of them."""
 
 import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -13,4 +17,15 @@ def triton_obstacle(device: torch.device) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    return compiler_obstacle()
+
+
+def compiler_obstacle() -> str | None:
+    """Triton compiles what launches its kernels with a C compiler, against Python's headers (triton.runtime.build)."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler, and there is no gcc or clang: install gcc, or name one with CC"
+    scheme = sysconfig.get_default_scheme()
+    headers = Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"])
+    if not (headers / "Python.h").exists():
+        return f"Triton needs Python's headers, and there is no {headers}/Python.h: install python3-dev"
     return None
