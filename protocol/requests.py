@@ -94,6 +94,27 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     params: ResolvedParams | None = None  # None when the Request failed before its parameters were resolved
     seconds: float = 0.0  # from claiming the Chunk to having the answer
 
+    @classmethod
+    def failed(
+        cls,
+        request: Request,
+        failure: Failure,
+        sample: int,
+        params: ResolvedParams | None = None,
+        seconds: float = 0.0,
+    ) -> "Result":
+        """That there is no answer to a sample of this Request."""
+        return cls(
+            line=request.line,
+            sample=sample,
+            custom_id=request.custom_id,
+            carried=request.carried,
+            endpoint=request.endpoint,
+            failure=failure,
+            params=params,
+            seconds=seconds,
+        )
+
 
 _NOT_IN_KEY = ("n", "encoding_format", "too_long", "truncated_tokens")
 

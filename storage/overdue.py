@@ -84,11 +84,4 @@ def _late(request: Request, timeout_s: float, done: frozenset[tuple[int, int]]) 
     sample = 0
     while (request.line, sample) in done:
         sample += 1
-    return Result(
-        line=request.line,
-        sample=sample,
-        custom_id=request.custom_id,
-        carried=request.carried,
-        endpoint=request.endpoint,
-        failure=deadline_exceeded(timeout_s),
-    )
+    return Result.failed(request, deadline_exceeded(timeout_s), sample)

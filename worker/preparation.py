@@ -347,13 +347,4 @@ def too_late(piece: Piece) -> Result:
 
 
 def failed(request: Request, failure: Failure, params: ResolvedParams | None, sample: int, owner: Owner) -> Result:
-    return Result(
-        line=request.line,
-        sample=sample,
-        custom_id=request.custom_id,
-        carried=request.carried,
-        endpoint=request.endpoint,
-        failure=failure,
-        params=params,
-        seconds=owner.seconds,
-    )
+    return Result.failed(request, failure, sample, params, owner.seconds)
