@@ -73,8 +73,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         yield "top_k", k, k is not None and -1 <= k <= MAX_TOKEN_COUNT, f"{limit}, or 0 or -1 for no limit"
         yield "seed", self.seed, self.seed is not None and -(2**63) <= self.seed < 2**63, "a signed 64-bit integer"
         yield "n", self.n, 1 <= (self.n or 0) <= MAX_SAMPLES, f"between 1 and {MAX_SAMPLES}"
-        too_many = stop is not None and len(stop) > MAX_STOP_STRINGS
-        yield "stop", stop, not too_many and all(stop or ()), f"at most {MAX_STOP_STRINGS} strings, none of them empty"
+        # Of a list what is wrong is shown, not all of it.
+        yield "len(stop)", (num := len(stop or ())), num <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS}"
+        yield "stop", "", all(stop or ()), "a text that is not empty"
         yield from self._more_checks()
 
     def _more_checks(self) -> Iterator[tuple[str, object, bool, str]]:
@@ -86,9 +87,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             value = getattr(self, name)
             yield name, value, value is not None and -2 <= value <= 2, "between -2 and 2"
         bias = self.logit_bias or {}
-        yield "logit_bias", self.logit_bias, len(bias) <= MAX_LOGIT_BIAS, f"at most {MAX_LOGIT_BIAS} entries"
+        yield "len(logit_bias)", (num := len(bias)), num <= MAX_LOGIT_BIAS, f"at most {MAX_LOGIT_BIAS}"
         for token, value in bias.items():
-            yield f"logit_bias[{token}]", value, 0 <= token <= MAX_TOKEN_COUNT, "for a token id, which is not negative"
+            yield (
+                f"logit_bias[{token}]",
+                value,
+                0 <= token <= MAX_TOKEN_COUNT,
+                f"for a token id, between 0 and {MAX_TOKEN_COUNT}",
+            )
             yield f"logit_bias[{token}]", value, -100 <= value <= 100, "between -100 and 100"
         yield "min_tokens", least, 0 <= (least or 0) <= MAX_TOKEN_COUNT, f"between 0 and {MAX_TOKEN_COUNT}"
         if least is not None and most is not None:
@@ -97,8 +103,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         is_valid = timeout is not None and 0 < timeout <= MAX_TIMEOUT_S
         yield "timeout", timeout, is_valid, f"above 0 and at most {MAX_TIMEOUT_S} seconds"
         ids = self.stop_token_ids or ()
-        is_valid = len(ids) <= MAX_STOP_TOKEN_IDS and all(0 <= i <= MAX_TOKEN_COUNT for i in ids)
-        yield "stop_token_ids", ids, is_valid, f"at most {MAX_STOP_TOKEN_IDS} token ids, none of them negative"
+        yield "len(stop_token_ids)", (num := len(ids)), num <= MAX_STOP_TOKEN_IDS, f"at most {MAX_STOP_TOKEN_IDS}"
+        for token in ids:
+            yield "stop_token_ids", token, 0 <= token <= MAX_TOKEN_COUNT, f"a token id, between 0 and {MAX_TOKEN_COUNT}"
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             yield name, value, 0 <= (value or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}"

@@ -190,6 +190,10 @@ def test_stdin_without_a_name_is_refused_with_the_way_out(millrace: Invoke, mode
             "Error: temperature=9.0 is out of range: it must be between 0 and 2\n",
         ),
         (
+            ["prompts.jsonl", "-o", "out.jsonl", "--stop", "a", "--stop", ""],
+            "Error: stop='' is out of range: it must be a text that is not empty\n",
+        ),
+        (
             ["prompts.jsonl", "-o", "prompts.jsonl"],
             "Error: the output prompts.jsonl is the input itself: give it another name\n",
         ),

@@ -227,7 +227,16 @@ def test_unsupported_parameter_is_refused_by_name(name: str, value: object) -> N
         (b'{"prompt": "a", "temperature": 2.5}', "invalid_parameter", "between 0 and 2"),
         (b'{"prompt": "a", "seed": 99999999999999999999}', "invalid_parameter", "a signed 64-bit integer"),
         (b'{"prompt": "a", "n": 1000}', "invalid_parameter", "between 1 and 128"),
-        (b'{"prompt": "a", "stop": ["", "b"]}', "invalid_parameter", "none of them empty"),
+        (
+            b'{"prompt": "a", "stop": ["b", ""]}',
+            "invalid_parameter",
+            "stop='' is out of range: it must be a text that is",
+        ),
+        (
+            b'{"prompt": "a", "stop": [%s]}' % b",".join([b'"b"'] * 17),
+            "invalid_parameter",
+            "len(stop)=17 is out of range",
+        ),
         (
             b'{"prompt": "a", "min_p": 1.5}',
             "invalid_parameter",
@@ -240,7 +249,7 @@ def test_unsupported_parameter_is_refused_by_name(name: str, value: object) -> N
         (b'{"prompt": "a", "logit_bias": {"-5": 1}}', "invalid_parameter", "logit_bias[-5]=1.0 is out of range"),
         (b'{"prompt": "a", "logit_bias": {"x": 1}}', "invalid_type", "logit_bias"),
         (b'{"prompt": "a", "min_tokens": 5, "max_tokens": 4}', "invalid_parameter", "at most max_tokens=4"),
-        (b'{"prompt": "a", "stop_token_ids": [-1]}', "invalid_parameter", "stop_token_ids=(-1,) is out of range"),
+        (b'{"prompt": "a", "stop_token_ids": [-1]}', "invalid_parameter", "stop_token_ids=-1 is out of range"),
         (b'{"prompt": "a", "logprobs": 21}', "invalid_parameter", "logprobs=21 is out of range"),
         (b'{"prompt": "a", "prompt_logprobs": 21}', "invalid_parameter", "prompt_logprobs=21 is out of range"),
         (b'{"prompt": "a", "top_logprobs": 3}', "invalid_parameter", "top_logprobs needs logprobs: true"),
