@@ -7,8 +7,10 @@ _COLUMNS = "name,uuid,state,result,received,runtime"
 
 
 @click.command("flower", short_help="Show tasks and workers in a browser.")
-@click.option("--port", type=click.IntRange(0, 65535), default=5555, show_default=True, help="0 takes a free one.")
-@click.option("--address", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), metavar="N", default=5555, show_default=True, help="0 takes a free one."
+)
+@click.option("--address", metavar="ADDRESS", default="127.0.0.1", show_default=True, help="Where to listen.")
 def command(port: int, address: str) -> None:
     """Show the tasks and workers of the broker in Flower, at http://127.0.0.1:5555. Ctrl-C stops it.
 

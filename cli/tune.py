@@ -33,10 +33,34 @@ def _numbers(context: click.Context, option: click.Parameter, text: str | None) 
 @click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N; auto takes a GPU where there is one.")
 @click.option("--sequences", callback=_numbers, metavar="N,N,...", help="engine.max_num_seqs to try.")
 @click.option("--tokens", callback=_numbers, metavar="N,N,...", help="engine.max_batch_tokens to try.")
-@click.option("--length", type=click.IntRange(1), default=256, show_default=True, help="Tokens of prompts and outputs.")
-@click.option("--seconds", type=click.FloatRange(0.01), default=10.0, show_default=True, help="For each measurement.")
-@click.option("--chart", type=click.Path(dir_okay=False, path_type=Path), default="tune.png", show_default=True)
-@click.option("--settings", type=click.Path(dir_okay=False, path_type=Path), help="The file to write to.")
+@click.option(
+    "--length",
+    type=click.IntRange(1),
+    metavar="N",
+    default=256,
+    show_default=True,
+    help="Tokens of prompts and outputs.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.01),
+    metavar="SECONDS",
+    default=10.0,
+    show_default=True,
+    help="For each measurement.",
+)
+@click.option(
+    "--chart",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="tune.png",
+    show_default=True,
+    help="Where it is drawn, as PNG.",
+)
+@click.option(
+    "--settings",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file to write to. Default: the one that is read, MILLRACE_CONFIG or millrace.toml.",
+)
 @click.option("--dry-run", is_flag=True, help="Write no settings.")
 def command(
     model: str | None,
@@ -58,7 +82,7 @@ def command(
     Example:
       millrace tune models/millrace-tiny --sequences 16,64 --tokens 512,2048 --seconds 5
     """
-    from cli.settings_file import default_settings_file, write_settings
+    from cli.settings_file import check_settings_file, default_settings_file, write_settings
     from cli.worker_packages import check_worker_packages
     from protocol.settings import load_settings
 
@@ -69,24 +93,22 @@ def command(
     _check_place("chart", chart)
     if not dry_run:
         _check_place("settings", path)
+        check_settings_file(path, "engine")
     points = _measure_all(loaded.engine, sequences, tokens, seconds, length)
     if not points:
         raise ConfigurationError("nothing was measured")
     from worker.engine.tuning import best_of
 
     best = best_of(points)
+    values = {"max_num_seqs": best.max_num_seqs, "max_batch_tokens": best.max_batch_tokens}
+    click.echo("best: " + ", ".join(f"engine.{name} = {value}" for name, value in values.items()), err=True)
+    if not dry_run:
+        write_settings(path, "engine", values)
+        click.echo(f"written to {path}", err=True)
     from cli.tune_chart import draw_chart
 
     draw_chart(points, best, chart, loaded.served_model)
-    click.echo(
-        f"best: engine.max_num_seqs = {best.max_num_seqs}, engine.max_batch_tokens = {best.max_batch_tokens}; "
-        f"chart in {chart}",
-        err=True,
-    )
-    if not dry_run:
-        values = {"max_num_seqs": best.max_num_seqs, "max_batch_tokens": best.max_batch_tokens}
-        write_settings(path, "engine", values)
-        click.echo(f"written to {path}", err=True)
+    click.echo(f"chart in {chart}", err=True)
 
 
 def _measure_all(

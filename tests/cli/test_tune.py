@@ -54,6 +54,26 @@ def test_tune_measures_nothing_that_it_could_not_write_down(millrace: Invoke, op
         assert result.stderr == f"Error: cannot write {place}: name a file where you may write with {option} FILE\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[engine\n", "the settings file ours.toml is not valid TOML: "),
+        ("[engine]\nx = 1\nx = 2\n", "the settings file ours.toml is not valid TOML: "),
+        ("engine = 5\n", "the settings file ours.toml sets 'engine' to a value: it is a table, [engine]"),
+    ],
+)
+def test_tune_measures_nothing_for_a_settings_file_that_is_broken(
+    millrace: Invoke, text: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "ours.toml").write_text(text)
+
+    result = millrace("tune", BUNDLED, "--settings", "ours.toml")
+
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert result.stderr.startswith(f"Error: {said}")
+    assert (tmp_path / "ours.toml").read_text() == text
+
+
 def test_of_nearly_equal_throughput_the_lower_latency_is_best() -> None:
     slow = Point(1024, 8192, 1000.0, 2000.0, 40.0, 50.0, 1)
     quick = Point(256, 8192, 985.0, 2000.0, 10.0, 20.0, 1)
@@ -69,3 +89,17 @@ def test_settings_are_written_into_a_new_file_and_never_into_a_broken_one(tmp_pa
     with pytest.raises(ConfigurationError, match="not valid TOML"):
         write_settings(tmp_path / "broken.toml", "engine", {"max_num_seqs": 5})
     assert (tmp_path / "broken.toml").read_text() == "[engine\n"
+
+
+def test_settings_are_written_to_where_a_link_points_and_stay_their_owners_secret(tmp_path: Path) -> None:
+    file, link = tmp_path / "real.toml", tmp_path / "link.toml"
+    file.write_text('broker_url = "redis://:secret@host"\n')
+    file.chmod(0o600)
+    link.symlink_to(file)
+
+    write_settings(link, "engine", {"max_num_seqs": 5})
+
+    assert link.is_symlink()
+    assert tomllib.loads(file.read_text())["engine"] == {"max_num_seqs": 5}
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.toml", "real.toml"]
