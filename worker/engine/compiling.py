@@ -5,8 +5,6 @@ layers stays as it is. Attention is opaque to the compiler: see `attention`.
 """
 
 import logging
-import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from torch import nn
 
 from worker.engine import attention
 from worker.engine.attention import LAYER_BUFFER
-from worker.engine.kernels.obstacle import triton_obstacle
+from worker.engine.loader import LoadedModel
 from worker.engine.probe import WholeStep, probe_tokens
 
 log = logging.getLogger("millrace.engine")
@@ -28,11 +26,12 @@ _GPU_TOKENS, _CPU_TOKENS = 1024, 8
 
 
 @torch.inference_mode()
-def compile_layers(model: Any, config: Any, num_layers: int) -> bool:
+def compile_layers(loaded: LoadedModel) -> bool:
     """Compile the model's layers, now; False, with the reason in the log, where they run as they are."""
-    layers = _layers(model, num_layers)
+    model: Any = loaded.model
+    layers = _layers(model, len(loaded.layers))
     if layers is None:
-        log.warning("layers run uncompiled: the model does not keep its %d layers in one list", num_layers)
+        log.warning("layers run uncompiled: the model does not keep its %d layers in one list", len(loaded.layers))
         return False
     for layer in layers:
         for module in layer.modules():
@@ -41,8 +40,8 @@ def compile_layers(model: Any, config: Any, num_layers: int) -> bool:
                 module.register_buffer(LAYER_BUFFER, torch.tensor(number, device="cpu"), persistent=False)
         layer.compile(dynamic=True, fullgraph=True)
     started = time.perf_counter()
-    is_gpu = next(model.parameters()).is_cuda
-    tokens = probe_tokens(model, config, _GPU_TOKENS if is_gpu else _CPU_TOKENS)
+    num_tokens = _GPU_TOKENS if loaded.device.type == "cuda" else _CPU_TOKENS
+    tokens = probe_tokens(model, model.config.get_text_config(), num_tokens)
     # An odd number: sizes that are equal are one and the same to the compiler, and those of models are even. With as
     # many tokens as, say, a hidden state has numbers it would compile for this number of them alone, and once more for
     # whatever comes next.
@@ -57,39 +56,6 @@ def compile_layers(model: Any, config: Any, num_layers: int) -> bool:
         return False
     log.info("layers compiled in %.1f s", time.perf_counter() - started)
     return True
-
-
-@contextmanager
-def building_sampler(vocab_size: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """The sampler's kernels are compiled in the meantime; one that fails is compiled again where it is needed, and
-    fails there for all to see."""
-    if triton_obstacle(device) is not None:
-        yield
-        return
-    keep_one_cache()
-
-    def build() -> None:
-        from worker.engine.kernels.sampling import build
-
-        try:
-            build(vocab_size, dtype, device)
-        except Exception:
-            log.exception("the sampler's kernels cannot be compiled in advance")
-
-    thread = threading.Thread(target=build, name="build", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-
-
-def keep_one_cache() -> None:
-    """Triton's own folder for all compiled kernels. torch.compile would set another one in passing, whenever it first
-    has something to compile: what is compiled after that would not be found by a process that has nothing to."""
-    from triton import knobs
-
-    os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from protocol.frames import EngineReady, NewSequence, StepFrame, TokenScores
 from protocol.settings import EngineSettings
 from worker.engine.attention import choose_backend
 from worker.engine.cache_size import new_padded_scheduler, new_scheduler, num_cache_blocks, num_padded_tokens
+from worker.engine.compiling import compile_layers
 from worker.engine.graph_pool import GraphPool
+from worker.engine.kernels.building import building
 from worker.engine.kernels.obstacle import triton_obstacle
 from worker.engine.limits import check_limits, step_limits
 from worker.engine.loader import LoadedModel, load_model
@@ -24,6 +26,7 @@ from worker.engine.memory import bound_memory
 from worker.engine.model_files import files_digest, fingerprint, resolve_folder
 from worker.engine.padded_runner import PaddedRunner
 from worker.engine.ready import environment
+from worker.engine.rehearsal import rehearse
 from worker.engine.runner import Runner, StepHandle
 from worker.engine.scorer import Scores
 from worker.engine.telemetry import Telemetry
@@ -63,6 +66,9 @@ class Engine:
         else:
             backend = choose_backend(settings.attention, loaded.device, loaded.dtype)
             self.attention_name = backend.name
+            with building(rehearse(loaded, backend, max_num_seqs)):
+                if settings.compile or (settings.compile is None and loaded.device.type == "cuda"):
+                    compile_layers(loaded)
             has_kernels = triton_obstacle(loaded.device) is None
             is_captured = settings.graphs and has_kernels and backend.is_capturable
             num_blocks = num_cache_blocks(loaded, settings, limits, backend, is_captured=is_captured)

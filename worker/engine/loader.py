@@ -13,7 +13,6 @@ from protocol.settings import EngineSettings
 from worker.engine import attention
 from worker.engine.attention import AttentionTerms
 from worker.engine.checkpoint import read_config, read_model
-from worker.engine.compiling import building_sampler, compile_layers
 from worker.engine.dtypes import choose_dtype
 from worker.engine.fusing import fuse_linears
 from worker.engine.kv_cache import LayerShape
@@ -116,10 +115,6 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
         weight.device,
         max_model_len,
     )
-    is_wanted = weight.device.type == "cuda" if settings.compile is None else settings.compile
-    if layout == "packed" and is_wanted:
-        with building_sampler(len(model.get_output_embeddings().weight), weight.dtype, weight.device):
-            compile_layers(model, config, len(layers))
     return loaded
 
 

@@ -1,0 +1,94 @@
+"""Kernels built ahead: what an engine is going to launch is in Triton's cache before it is launched."""
+
+import importlib.util
+import logging
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocol.settings import EngineSettings
+from tests.engine.reference import build_model
+from worker.engine import kv_cache, rehearsal, row_state, scorer
+from worker.engine.kernels import building
+from worker.engine.loader import adopt
+from worker.engine.runner import Runner
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)  # test_kernels.py sees to it that CI has it
+
+
+@pytest.fixture
+def pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Triton compiles for a GPU and launches nothing; the folder of what it compiles."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    from tests.engine.pretended_gpu import PretendedDriver
+    from worker.engine.kernels import paged_decode
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(paged_decode, "_num_multiprocessors", lambda device: 132)
+    for module in (rehearsal, kv_cache, row_state):
+        monkeypatch.setattr(module, "triton_obstacle", lambda device: None)
+    monkeypatch.setattr(scorer, "_has_kernel", lambda device: True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert knobs.cache.dir == str(tmp_path)
+    monkeypatch.setattr(driver, "_active", PretendedDriver())
+    return tmp_path
+
+
+def test_what_an_engine_launches_is_built_before(
+    pretended_gpu: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+
+    from worker.engine.backends.triton import TritonBackend
+
+    settings = EngineSettings(device="cpu", dtype="float32")
+    monkeypatch.setattr(scorer, "_has_kernel", lambda device: False)  # the probe scores for real
+    loaded = adopt(build_model("qwen3"), settings)
+    monkeypatch.setattr(scorer, "_has_kernel", lambda device: True)
+
+    launches = rehearsal.rehearse(loaded, TritonBackend(), 16)
+
+    assert {launch.kernel for launch in launches} >= {
+        "_write", "_list_tiles", "_attend_tiles", "_attend_pieces", "_race_pieces", "_race_limited", "_score",
+    }  # fmt: skip
+    monkeypatch.setattr(building, "_BUILDER", "tests.engine.pretended_gpu")
+    with caplog.at_level(logging.INFO, logger="millrace.engine"):
+        for _ in range(2):
+            with building.building(launches, 2):
+                pass
+    assert caplog.text.count("built in 2 processes") == 1
+
+    found: list[tuple[str, bool]] = []
+    monkeypatch.setattr(knobs.compilation, "listener", lambda src, cache_hit, **_: found.append((src.name, cache_hit)))
+    own_run = JITFunction.run
+    monkeypatch.setattr(
+        JITFunction,
+        "run",
+        lambda self, *a, grid, warmup, **options: own_run(self, *a, grid=grid, warmup=True, **options),
+    )
+    runner = Runner(loaded, TritonBackend(), max_num_seqs=16, num_blocks=1)
+    for num_rows in (2, 9, 16):
+        runner.decode.rehearse(num_rows)
+
+    assert Counter(name for name, _ in found).keys() >= {"_write", "_list_tiles", "_attend_tiles", "_race_pieces"}
+    assert [name for name, is_hit in found if not is_hit] == []
+    assert {name for name, _ in found} <= {launch.kernel for launch in launches}
+
+
+def test_an_engine_starts_where_nothing_can_be_built_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launch = building.Launch("worker.engine.kernels.decode_plan", "no_such_kernel", "{}", "", 1)
+
+    with building.building([launch]):
+        pass
+
+    assert "no_such_kernel cannot be compiled ahead of its launch" in capfd.readouterr().err
+    assert list(tmp_path.glob("millrace-*")) == [], "it would not be tried again"
