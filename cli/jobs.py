@@ -5,7 +5,7 @@ import time
 import click
 
 from cli.counted import counted
-from cli.shown_job import as_json_object, shown_name
+from cli.shown_job import as_json_object
 
 _LIMIT = click.IntRange(1, 1_000_000)
 
@@ -23,6 +23,7 @@ def command(as_json: bool, limit: int) -> None:
     import msgspec
 
     from producer.client import Client
+    from producer.identity import given_name
 
     with Client() as client:
         statuses = [client.status(each) for each in client.jobs(limit)]
@@ -35,5 +36,5 @@ def command(as_json: bool, limit: int) -> None:
         num_results = status.num_ok + status.num_error
         results = f"{counted(num_results, 'result')} of {counted(status.num_lines, 'line')}"
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(status.job.created_at))
-        name = shown_name(status.job)
+        name = given_name(status.job)
         click.echo(f"{status.job.id}  {created}  {status.job.state:<10}  {results}{'  ' if name else ''}{name}")

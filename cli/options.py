@@ -143,8 +143,8 @@ job_option = click.option(
     "name",
     metavar="NAME",
     callback=not_empty,
-    help="Name the Job; the same name goes on with it, whatever the input: once all lines are in, it is not read "
-    "again. Needed for stdin. Default: equal input, options and model are the same Job.",
+    help="Name the Job; the same name, or its id, goes on with it, whatever the input: once all lines are in, it is "
+    "not read again. Needed for stdin. Default: equal input, options and model are the same Job.",
 )
 
 priority_option = click.option(

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.shown_job import as_json_object, shown_name
+from cli.shown_job import as_json_object
 
 if TYPE_CHECKING:
     from storage.jobs import JobStatus
@@ -33,10 +33,12 @@ def command(job: str, as_json: bool) -> None:
 
 
 def _as_rows(status: "JobStatus") -> list[tuple[str, str]]:
+    from producer.identity import given_name
+
     job = status.job
     rows = [
         ("job", job.id),
-        ("name", shown_name(job)),
+        ("name", given_name(job)),
         ("model", job.model),
         ("state", job.state),
         ("lines", f"{status.num_lines:,}" + (" so far" if job.num_lines is None else "")),

@@ -9,9 +9,11 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, get_args
 
+import msgspec
+
 from producer.asks import Asks
 from producer.doorbell import Doorbell
-from producer.identity import job_identity
+from producer.identity import given_name, job_identity
 from producer.intake import Intake
 from producer.job_results import Order
 from producer.job_watch import JobWatch
@@ -130,18 +132,19 @@ class Client:
         """Make a Job of the source's lines, or find the one that was made of the same before and go on with it.
 
         The same means equal content, `params` and model; with a `name`, that name alone, which a source that can be
-        read only once needs. `params` hold where a line says nothing. `priority` is the Job's class, of one that is
-        there already too; without it a new one is "normal". A line may ask for a model by one of `model_names`
-        (default: the served name), and by what the source's Reading maps to one of them. `on_progress` is told the
-        number of the last line that is in. With `retry_errors` the Job's errors are tried again as by `retry`.
+        read only once needs; the id of a Job that is there stands for its name. `params` hold where a line says
+        nothing. `priority` is the Job's class, of one that is there already too; without it a new one is "normal". A
+        line may ask for a model by one of `model_names` (default: the served name), and by what the source's Reading
+        maps to one of them. `on_progress` is told the number of the last line that is in. With `retry_errors` the Job's
+        errors are tried again as by `retry`.
 
         A source is read a Chunk at a time, whatever its length, and without a `window` as fast as the database takes
         it, whether anybody works or not. With one this waits while more than so many Requests are unfinished, so that
         an endless source fills neither memory nor disk; some Chunks' worth, thousands, keep the workers busy.
 
         Raises InvalidRequest for `params` out of range, ConfigurationError for a source that cannot be read or needs a
-        name, DamagedInput for one that breaks off, whose lines before are in, SubmissionConflict when the name stands
-        for another Job or somebody else is submitting the same.
+        name, DamagedInput for one that breaks off or changes, whose lines before are in, SubmissionConflict when the
+        name stands for another Job or somebody else is submitting the same.
         """
         params.validate()
         intake = Intake(
@@ -168,11 +171,7 @@ class Client:
             try:
                 intake.run(job, content, names, on_progress)
             except DamagedInput as error:
-                position = intake_position(self._ledger, job.id)
-                raise DamagedInput(
-                    f"{error}; the {position} lines before are in the Job {job.id} and get their answers: once the "
-                    f"input is whole, the same command with --job {job.identity} goes on with it"
-                ) from error
+                raise DamagedInput(f"{error}; {self._way_on(job)}") from error
             self._landings.publish({job.id: ()})
         if retry_errors:
             self.retry(job)
@@ -366,14 +365,39 @@ class Client:
     def _identity(self, content: Source, name: str | None, params: SamplingParams) -> str:
         if name == "":
             raise ConfigurationError("a Job's name is empty: give it one that says what it is")
-        return name if name is not None else job_identity(content.digest(), params, self.settings.served_model)
+        if name is None:
+            return job_identity(content.digest(), params, self.settings.served_model)
+        try:
+            job = self.find(name)
+        except JobNotFound:
+            return name
+        return job.identity if job.id == name else name
 
     def _check_same(self, job: Job, params: SamplingParams) -> None:
-        if (job.model, job.params) != (self.settings.served_model, params):
+        there: dict[str, Any] = {"model": job.model, **msgspec.structs.asdict(job.params)}
+        here: dict[str, Any] = {"model": self.settings.served_model, **msgspec.structs.asdict(params)}
+        differing = [name for name in there if there[name] != here[name]]
+        if differing:
+            called = f"{name!r} ({job.id})" if (name := given_name(job)) else job.id
             raise SubmissionConflict(
-                f"the Job {job.identity!r} exists with another model or other parameters (id {job.id}, model "
-                f"{job.model}): give this one another name"
+                f"the Job {called} has {_shown_values(there, differing)}, and here it is "
+                f"{_shown_values(here, differing)}: give the same, or give this one another name"
             )
+
+    def _way_on(self, job: Job) -> str:
+        """What those can do whose input breaks off or changes."""
+        position = intake_position(self._ledger, job.id)
+        again = "the same command" if given_name(job) else f"the same command with --job {job.id}"
+        if position == 0:
+            return f"once it is whole, {again} takes it in"
+        return (
+            f"the lines up to {position:,} are in the Job {job.id} and get their answers: once the input is whole and "
+            f"begins with the same lines, {again} goes on behind them"
+        )
 
     def _id(self, job: Job | str) -> str:
         return job.id if isinstance(job, Job) else self.find(job).id
+
+
+def _shown_values(values: Mapping[str, Any], names: Collection[str]) -> str:
+    return ", ".join(f"no {name}" if values[name] is None else f"{name}={values[name]!r}" for name in names)

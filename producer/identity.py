@@ -1,6 +1,7 @@
 """What makes two submissions the same Job: equal input, equal parameters, equal model."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from producer.columns import Columns
 from producer.file_format import FileFormat
 from protocol.errors import ConfigurationError
 from protocol.sampling import SamplingParams
+from storage.jobs import Job
 
 #: Raised when the same input would be cut into other Requests than before.
 _VERSION = 1
@@ -17,9 +19,18 @@ _VERSION = 1
 _encode = msgspec.msgpack.Encoder().encode
 
 
+#: What `job_identity` gives.
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
 def job_identity(content_digest: str, params: SamplingParams, model: str) -> str:
     """64 hex digits."""
     return hashlib.sha256(_encode([_VERSION, content_digest, params, model])).hexdigest()
+
+
+def given_name(job: Job) -> str:
+    """What the Job was named; nothing for one that is known by its content, whose digest says nothing to a reader."""
+    return "" if _DIGEST.fullmatch(job.identity) else job.identity
 
 
 def file_digest(path: Path) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from producer.chunk_cutter import cut_chunks
 from producer.doorbell import Doorbell
+from producer.identity import given_name
 from producer.job_watch import JobWatch
 from producer.lines import LineReader
 from producer.pauses import Pauses
@@ -76,8 +77,8 @@ class Intake:
                 self._wakeup.check()
         if reader.num_lines < position:
             raise SubmissionConflict(
-                f"the Job {job.identity!r} already has {position} lines, but this input has {reader.num_lines}: it is "
-                "another one, so give it a name of its own"
+                f"the Job {given_name(job) or job.id!r} already has {position} lines, but this input has "
+                f"{reader.num_lines}: it is another one, so give it a name of its own"
             )
         fault_point("all appended")
         seal_job(self._ledger, job.id, reader.num_lines)

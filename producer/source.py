@@ -100,7 +100,8 @@ class Source:
     def lines(self) -> Iterator[Iterator[RawLine]]:
         """The lines, until the end of the context.
 
-        Raises ConfigurationError when a file cannot be read or changes, DamagedInput where it breaks off or is corrupt.
+        Raises ConfigurationError when a file cannot be read, DamagedInput where it breaks off or is corrupt, and at its
+        end when it was changed meanwhile.
         """
         if self._path is None:
             yield iter(self._items) if self._file is None else self._read(self._file)
@@ -113,7 +114,9 @@ class Source:
             yield self._read(file)
         status = self._status(self._path)
         if self._seen is not None and self._seen != (status.st_size, status.st_mtime_ns):
-            raise ConfigurationError(f"{self} was changed while it was read: submit it again once it is complete")
+            was, size = self._seen[0], status.st_size
+            how = f"{was:,} bytes have become {size:,}" if was != size else f"it still has {size:,} bytes"
+            raise DamagedInput(f"{self} was changed while it was read: {how}")
 
     def _read(self, file: BinaryIO) -> Iterator[RawLine]:
         number = 0

@@ -4,7 +4,7 @@ MillraceError
 ├── CallerError              the caller's mistake: never retried, the message names value, limit and way out
 │   ├── InvalidRequest       a Request that cannot be read or asks for something unknown; carries a `code`
 │   ├── ConfigurationError   settings, files or models that do not fit together
-│   ├── DamagedInput         a file that breaks off or is corrupt: what was read before stands
+│   ├── DamagedInput         a file that breaks off, is corrupt or changes: what was read before stands
 │   ├── JobNotFound          no Job under that id or name
 │   ├── DeadLetterNotFound   no Request was given up there
 │   ├── JobNotEnded          the Job is still being submitted or worked on
@@ -43,7 +43,7 @@ class ConfigurationError(CallerError):
 
 
 class DamagedInput(CallerError):
-    """A file that breaks off or is corrupt: what was read before stands."""
+    """A file that breaks off, is corrupt or changes while it is read: what was read before stands."""
 
 
 class JobNotFound(CallerError):

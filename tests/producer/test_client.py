@@ -12,7 +12,14 @@ import redis
 
 from producer.client import Client
 from protocol.celery_app import normal_queue
-from protocol.errors import ConfigurationError, DatabaseUnavailable, InvalidRequest, JobNotFound, SubmissionConflict
+from protocol.errors import (
+    ConfigurationError,
+    DamagedInput,
+    DatabaseUnavailable,
+    InvalidRequest,
+    JobNotFound,
+    SubmissionConflict,
+)
 from protocol.requests import Answer, Failure, Result
 from protocol.sampling import SamplingParams
 from protocol.settings import EngineSettings, Settings
@@ -204,7 +211,10 @@ def test_input_that_can_be_read_only_once_needs_a_name(client: Client) -> None:
 def test_name_that_stands_for_another_job_is_refused(client: Client) -> None:
     client.submit(["a"], name="nightly")
 
-    with pytest.raises(SubmissionConflict, match="give this one another name"):
+    differs = (
+        r"the Job 'nightly' \([0-9a-f]{16}\) has no max_tokens, and here it is max_tokens=5: give the same, or give"
+    )
+    with pytest.raises(SubmissionConflict, match=differs):
         client.submit(["a"], name="nightly", params=SamplingParams(max_tokens=5))
 
 
@@ -220,15 +230,28 @@ def test_resumed_input_that_is_shorter_than_what_is_in_is_refused(client: Client
         client.submit(["a", "b"], name="nightly")
 
 
-def test_file_that_changes_while_it_is_read_is_refused(client: Client, prompts: Callable[..., Path]) -> None:
+def test_file_that_grows_while_it_is_read_is_gone_on_with_by_the_jobs_id(
+    client: Client, prompts: Callable[..., Path]
+) -> None:
     path = prompts(*(plain(f"p{number}") for number in range(5)))
+    size = path.stat().st_size
 
     def change(_line: int) -> None:
         with path.open("a") as file:
             file.write(plain("more"))
 
-    with pytest.raises(ConfigurationError, match="was changed while it was read"):
+    with pytest.raises(DamagedInput) as raised:
         client.submit(path, on_progress=change)
+
+    (job,) = client.jobs()
+    message, position = str(raised.value), client.status(job).num_lines
+    assert f"{path} was changed while it was read: {size} bytes have become {path.stat().st_size}; " in message
+    assert f"the lines up to {position} are in the Job {job.id}" in message
+    assert f"--job {job.id} goes on behind them" in message
+    again = client.submit(path, name=job.id)
+    num_lines = len(path.read_text().splitlines())
+    assert (again.id, again.num_lines, client.status(job).num_requests) == (job.id, num_lines, num_lines)
+    assert client.submit(path, name=job.id) == again, "and nothing is taken in twice"
 
 
 def test_missing_file_is_refused(client: Client, tmp_path: Path) -> None:

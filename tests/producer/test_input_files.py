@@ -273,12 +273,13 @@ def test_what_comes_before_a_break_stands_and_the_repaired_file_goes_on_with_it(
     assert job.state == "submitting"
     message = str(raised.value)
     assert f"{path} breaks off after line {position}, at byte " in message
-    assert f"--job {job.identity} goes on with it" in message
+    assert f"the lines up to {position} are in the Job {job.id} and get their answers" in message
+    assert f"begins with the same lines, the same command with --job {job.id} goes on behind them" in message
     lease = claim_next(ledger, ["tiny"], "worker", 60, min_age_s=0)
     assert lease is not None, "what stands is worked on"
 
     path.write_bytes(whole)
-    again = client.submit(path, name=job.identity)
+    again = client.submit(path, name=job.id)
 
     assert (again.id, again.state, again.num_lines) == (job.id, "running", 400)
     assert client.status(again).num_requests == 400
