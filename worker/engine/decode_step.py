@@ -176,10 +176,12 @@ class DecodeStep:
 
     @torch.inference_mode()
     def rehearse(self, num_rows: int | None = None) -> None:
-        """A step of rows of nobody, as many as there may be, uncaptured: its kernels are built, its memory is seen."""
-        self._forward(self._sizes[-1] if num_rows is None else num_rows, None, bool(self._sharing_sizes))
-        # Nothing wrote a token where kernels were only noted, and what lay there may be none of the vocabulary.
-        self._state.last_token[self._state.nobody] = 0
+        """Steps of rows of nobody, as many as there may be, with a common prefix and without one, uncaptured: their
+        kernels are built, their memory is seen."""
+        for is_sharing in sorted({False, bool(self._sharing_sizes)}):
+            self._forward(self._sizes[-1] if num_rows is None else num_rows, None, is_sharing)
+            # Nothing wrote a token where kernels were only noted, and what lay there may be none of the vocabulary.
+            self._state.last_token[self._state.nobody] = 0
 
     def _largest(self, is_sharing: bool) -> int:
         return max(self._captured[is_sharing], default=0)

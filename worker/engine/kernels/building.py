@@ -47,9 +47,10 @@ class Launch:
 
 @contextmanager
 def noted() -> Iterator[list[Launch]]:
-    """Launches within run nothing and compile nothing but are listed, each kind once. What they would have written is
-    not written."""
+    """Launches within run nothing and compile nothing; of those that would compile, each kind is listed once. What they
+    would have written is not written."""
     from triton import knobs
+    from triton.runtime.jit import JITFunction
 
     found: dict[tuple[str, str, str], Launch] = {}
 
@@ -58,15 +59,19 @@ def noted() -> Iterator[list[Launch]]:
         key = fn.module, fn.name, specialization
         if key not in found:
             found[key] = Launch(*key, fn.jit_function.cache_key, len(fn.jit_function.src))
-        return True  # there is nothing to be compiled, and then nothing is launched
+        return True  # there is nothing to be compiled
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        # Also of a kernel that this process has: it would read what another did not write.
+        own_run(kernel, *arguments, grid=grid, warmup=True, **options)
 
     launches: list[Launch] = []
-    own_hook = knobs.runtime.jit_cache_hook
-    knobs.runtime.jit_cache_hook = note
+    own_hook, own_run = knobs.runtime.jit_cache_hook, JITFunction.run
+    knobs.runtime.jit_cache_hook, JITFunction.run = note, run
     try:
         yield launches
     finally:
-        knobs.runtime.jit_cache_hook = own_hook
+        knobs.runtime.jit_cache_hook, JITFunction.run = own_hook, own_run
         launches += found.values()
 
 
