@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def command(job: str, files: tuple[Path, ...], as_json: bool) -> None:
     """Read all Results of a finished Job again and compare them with the counts and the digest it was closed with.
 
-    With FILE, as `millrace results` wrote it, also that it holds every Result, once and unaltered; where errors are in
-    a file of their own, both files together. FILE is JSON lines, CSV or Parquet, in gzip or zstd or not, by its
-    suffixes; not --format openai. The exit code is 1 when anything is missing or differs.
+    With FILE, as `millrace results` wrote it, in either format, also that it holds every Result, once and unaltered;
+    where errors are in a file of their own, both files together. FILE is JSON lines, CSV or Parquet, in gzip or zstd or
+    not, by its suffixes. The exit code is 1 when anything is missing or differs.
 
     \b
     Example:
@@ -38,7 +38,7 @@ def command(job: str, files: tuple[Path, ...], as_json: bool) -> None:
         if found.state != "finished":
             raise ConfigurationError(f"the Job {found.id} is {found.state}: only a finished one can be verified")
         verification = client.verify(found)
-        checked = check_files(files, client.results(found, wait=False)) if files else None
+        checked = check_files(files, client.results(found, wait=False), found) if files else None
     holds = verification.holds and (checked is None or checked.holds)
     if as_json:
         report: dict[str, Any] = {"id": found.id, "holds": holds, **msgspec.to_builtins(verification)}
@@ -83,10 +83,11 @@ def _parts(totals: "Proof") -> str:
 
 
 def _file_lines(name: str, checked: "FileCheck") -> list[str]:
+    rows = counted(checked.num_rows, "line" if checked.format == "openai" else "result")
     if checked.holds:
-        return [f"{name}: all {counted(checked.num_rows, 'result')}, each once and unaltered"]
+        return [f"{name}: all {rows}, each once and unaltered"]
     parts = f"{checked.num_missing:,} missing, {checked.num_altered:,} altered, {checked.num_surplus:,} too many"
-    return [f"{name}: {counted(checked.num_rows, 'result')}, {parts}: {_shown(checked.lines)}"]
+    return [f"{name}: {rows}, {parts}: {_shown(checked.lines)}"]
 
 
 def _shown(lines: list[int]) -> str:

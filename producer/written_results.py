@@ -1,6 +1,6 @@
 """Files of Results read back, a row at a time, each as bytes to compare with those of the Result that it should be.
 
-Knows the flat format in every kind of file that it is written to, and no ledger.
+Knows the flat format in every kind of file that it is written to, and no ledger; OpenAI's is written_batch.py's.
 """
 
 import csv
@@ -59,7 +59,7 @@ def _from_jsonl(file: BinaryIO) -> Iterator[WrittenRow]:
             key = _decode_key(row)
         except msgspec.DecodeError as error:
             raise ConfigurationError(
-                f"it is no Result in the flat format ({error}); files of --format openai are not compared"
+                f"it is no Result, neither in the flat format nor in OpenAI's ({error})"
             ) from error
         yield WrittenRow(key.line, key.sample, row.rstrip(b"\r\n"))
 

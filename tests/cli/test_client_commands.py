@@ -227,6 +227,10 @@ def test_verify_proves_a_finished_job_and_its_file_and_names_what_is_wrong_with_
     )
     assert here("verify", job, "answers.jsonl.gz").exit_code == 1
 
+    here("results", job, "-o", "objects.jsonl", "--format", "openai")
+    objects = here("verify", job, "objects.jsonl")
+    assert objects.stdout.splitlines()[4] == "objects.jsonl: all 3 lines, each once and unaltered"
+
     first, second, third = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "other.jsonl").write_text(second.replace("invalid_json", "other") + first + first)
     wrong = here("verify", job, "other.jsonl", "--json")
@@ -234,7 +238,7 @@ def test_verify_proves_a_finished_job_and_its_file_and_names_what_is_wrong_with_
     report = json.loads(wrong.stdout)
     assert report["holds"] is False
     assert report["stated"] == report["found"]
-    wanted = {"num_rows": 3, "num_missing": 1, "num_altered": 1, "num_surplus": 1, "lines": [1, 2, 3]}
+    wanted = {"format": "flat", "num_rows": 3, "num_missing": 1, "num_altered": 1, "num_surplus": 1, "lines": [1, 2, 3]}
     assert report["file"] == wanted
     assert third
 
