@@ -13,19 +13,32 @@ if TYPE_CHECKING:
     from protocol.settings import EngineSettings
     from worker.engine.tuning import Point
 
+#: What each list of limits is for.
+_SETTINGS = {"sequences": "engine.max_num_seqs", "tokens": "engine.max_batch_tokens"}
+#: Seconds: a day is more than anybody waits for one measurement.
+_LEAST_S, _MOST_S = 0.01, 86_400.0
 _HEADER = f"{'sequences':>10} {'tokens':>8} {'output tok/s':>13} {'all tok/s':>10} {'ms a token':>11} {'99 in 100':>10}"
 
 
 def _numbers(context: click.Context, option: click.Parameter, text: str | None) -> list[int] | None:
     if text is None:
         return None
+    from protocol.settings import LIMITS
+
+    least, most = LIMITS[_SETTINGS[str(option.name)]]
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1:
-        raise click.BadParameter(f"{text!r} is no list of whole numbers from 1 up, as in 64,256")
+    if not numbers or not all(least <= number <= most for number in numbers):
+        raise click.BadParameter(f"{text!r} is no list of whole numbers from {least:,} to {most:,}, as in 64,256")
     return numbers
+
+
+def _seconds(context: click.Context, option: click.Parameter, value: float) -> float:
+    if not _LEAST_S <= value <= _MOST_S:  # nor is what is no number
+        raise click.BadParameter(f"{value} is out of range: it must be from {_LEAST_S} to {_MOST_S:,.0f}")
+    return value
 
 
 @click.command("tune", short_help="Find this machine's best limits for a model.")
@@ -43,7 +56,8 @@ def _numbers(context: click.Context, option: click.Parameter, text: str | None) 
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0.01),
+    type=float,
+    callback=_seconds,
     metavar="SECONDS",
     default=10.0,
     show_default=True,
@@ -84,7 +98,7 @@ def command(
     """
     from cli.settings_file import check_settings_file, default_settings_file, write_settings
     from cli.worker_packages import check_worker_packages
-    from protocol.settings import load_settings
+    from protocol.settings import ENV_PREFIX, load_settings
 
     loaded = load_settings({"engine.model": model, "engine.device": device})
     check_worker_packages()
@@ -105,6 +119,9 @@ def command(
     if not dry_run:
         write_settings(path, "engine", values)
         click.echo(f"written to {path}", err=True)
+        for name in values:
+            if (variable := f"{ENV_PREFIX}ENGINE_{name.upper()}") in os.environ:
+                click.echo(f"{variable} is set and wins over the file: unset it", err=True)
     from cli.tune_chart import draw_chart
 
     draw_chart(points, best, chart, loaded.served_model)
@@ -119,26 +136,35 @@ def _measure_all(
 
     tuner = Tuner(engine)
     all_sequences, all_tokens = tuner.limits
+    pairs = _pairs(sequences or all_sequences, tokens or all_tokens)
     points: list[Point] = []
     click.echo(_HEADER)
     try:
-        for num_tokens in tokens or all_tokens:
-            for num_sequences in sequences or all_sequences:
-                if num_sequences > num_tokens:
-                    continue  # each needs its one token
-                try:
-                    point = tuner.measure(num_sequences, num_tokens, seconds, length)
-                except ConfigurationError as error:
-                    click.echo(f"{num_sequences:>10} {num_tokens:>8} impossible here: {error}")
-                    continue
-                points.append(point)
-                click.echo(
-                    f"{point.max_num_seqs:>10} {point.max_batch_tokens:>8} {point.output_tokens_per_s:>13.0f} "
-                    f"{point.computed_tokens_per_s:>10.0f} {point.latency_ms:>11.2f} {point.slowest_ms:>10.2f}"
-                )
+        for num_sequences, num_tokens in pairs:
+            try:
+                point = tuner.measure(num_sequences, num_tokens, seconds, length)
+            except ConfigurationError as error:
+                click.echo(f"{num_sequences:>10} {num_tokens:>8} impossible here: {error}")
+                continue
+            points.append(point)
+            click.echo(
+                f"{point.max_num_seqs:>10} {point.max_batch_tokens:>8} {point.output_tokens_per_s:>13.0f} "
+                f"{point.computed_tokens_per_s:>10.0f} {point.latency_ms:>11.2f} {point.slowest_ms:>10.2f}"
+            )
     except KeyboardInterrupt:
         click.echo("stopped: the best of what there is", err=True)
     return points
+
+
+def _pairs(sequences: list[int], tokens: list[int]) -> list[tuple[int, int]]:
+    """(Sequences, tokens) of steps that can be: each Sequence needs its one token."""
+    pairs = [(num_sequences, num) for num in tokens for num_sequences in sequences if num_sequences <= num]
+    if not pairs:
+        raise ConfigurationError(
+            f"{min(sequences)} Sequences and more do not fit into steps of {max(tokens)} tokens and less: each of them "
+            "needs a token, so give fewer --sequences or more --tokens"
+        )
+    return pairs
 
 
 def _check_place(option: str, path: Path) -> None:

@@ -24,7 +24,13 @@ def draw_chart(points: "Sequence[Point]", best: "Point", path: Path, title: str)
             [p.latency_ms for p in line], [p.output_tokens_per_s for p in line], "o-", label=f"{budget} tokens a step"
         )
         for point in line:
-            axes.annotate(str(point.max_num_seqs), (point.latency_ms, point.output_tokens_per_s), fontsize=8)
+            axes.annotate(
+                str(point.max_num_seqs),
+                (point.latency_ms, point.output_tokens_per_s),
+                xytext=(7, -11),  # beside the marker, not under it
+                textcoords="offset points",
+                fontsize=8,
+            )
     axes.plot([best.latency_ms], [best.output_tokens_per_s], "*", markersize=16, color="black", label="chosen")
     axes.set(
         xlabel="milliseconds between two tokens of a Sequence (median)",

@@ -33,7 +33,7 @@ _NO_SETTINGS = (CONFIG_VARIABLE, PARENT_FD_VARIABLE, FAULT_VARIABLE)
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 #: The least and the most of every number. The most is where the next one to hold it would break: a database's integer,
-#: a timer, or a message that no worker could finish within its lease.
+#: a timer, the memory for what is kept of each row, or a message that no worker could finish within its lease.
 LIMITS: dict[str, tuple[float, float]] = {
     "num_engines": (1, 1024),
     "chunk_requests": (1, 1_000_000),
@@ -49,7 +49,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "engine.kv_tokens": (1, 2**53),
     "engine.memory_fraction": (0.01, 1),
     "engine.max_batch_tokens": (1, 2**31 - 1),
-    "engine.max_num_seqs": (1, 2**31 - 1),
+    "engine.max_num_seqs": (1, 65_536),
     "engine.lookahead": (0, 1),
     "engine.num_threads": (1, 65_536),
 }

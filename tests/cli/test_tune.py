@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.settings_file import write_settings
+from cli.tune import _pairs
 from protocol.errors import ConfigurationError
 from protocol.settings import load_settings
 from tests.cli.conftest import Invoke
@@ -24,10 +25,11 @@ def test_tune_measures_draws_and_writes_what_is_best(
 
     result = millrace(
         "tune", BUNDLED, "--sequences", "2,8", "--tokens", "4,64", "--length", "16", "--seconds", "0.2",
-        engine_num_threads="1",
+        engine_num_threads="1", engine_max_num_seqs="9",
     )  # fmt: skip
 
     assert result.exit_code == 0, result.output
+    assert "MILLRACE_ENGINE_MAX_NUM_SEQS is set and wins over the file" in result.stderr
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
     assert [(int(row[0]), int(row[1])) for row in rows] == [(2, 4), (2, 64), (8, 64)]
     assert all(float(value) > 0 for row in rows for value in row)
@@ -39,10 +41,36 @@ def test_tune_measures_draws_and_writes_what_is_best(
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tune_refuses_what_is_no_list_of_numbers(millrace: Invoke) -> None:
-    result = millrace("tune", "--sequences", "many")
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--sequences", "many", "'many' is no list of whole numbers from 1 to 65,536"),
+        ("--sequences", "4,65537", "'4,65537' is no list of whole numbers from 1 to 65,536"),
+        ("--tokens", "0", "'0' is no list of whole numbers from 1 to 2,147,483,647"),
+        ("--seconds", "nan", "nan is out of range: it must be from 0.01 to 86,400"),
+        ("--seconds", "inf", "inf is out of range"),
+    ],
+)
+def test_tune_refuses_what_no_setting_could_hold_and_no_one_would_wait_for(
+    millrace: Invoke, option: str, value: str, said: str
+) -> None:
+    result = millrace("tune", option, value)
     assert result.exit_code == 2
-    assert "'many' is no list of whole numbers" in result.output
+    assert said in result.output
+
+
+def test_tune_says_which_limits_leave_nothing_to_measure() -> None:
+    assert _pairs([2, 8], [4, 64]) == [(2, 4), (2, 64), (8, 64)]
+    with pytest.raises(ConfigurationError, match="600 Sequences and more do not fit into steps of 512 tokens"):
+        _pairs([700, 600], [512, 64])
+
+
+def test_tune_refuses_models_of_another_task(millrace: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    (tmp_path / "model.safetensors").touch()
+    result = millrace("tune", tmp_path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{tmp_path} is a model to classify" in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--chart", "--settings"])

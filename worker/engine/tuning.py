@@ -17,6 +17,7 @@ from protocol.settings import EngineSettings
 from worker.engine.engine import Engine
 from worker.engine.loader import LoadedModel, load_model
 from worker.engine.model_files import resolve_folder
+from worker.engine.task import choose_task
 
 #: Limits that are tried: (Sequences, tokens) of a step.
 GPU_LIMITS = ([128, 256, 512, 1024], [4096, 8192, 16_384])
@@ -48,7 +49,13 @@ class Tuner:
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         self._settings = settings
-        self._loaded: LoadedModel = load_model(resolve_folder(settings.model, settings.revision), settings)
+        folder = resolve_folder(settings.model, settings.revision)
+        if (task := choose_task(folder, settings)) != "generate":
+            raise ConfigurationError(
+                f"{settings.model} is a model to {task}, and what is measured are limits of models that generate: set "
+                "engine.max_batch_tokens of this one to the longest text that it is to take, or more"
+            )
+        self._loaded: LoadedModel = load_model(folder, settings)
         self.is_cuda = self._loaded.device.type == "cuda"
 
     @property
