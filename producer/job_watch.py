@@ -1,6 +1,5 @@
 """JobWatch: waits for a Job, for its end and for its Results, by the ledger and the word that Redis carries."""
 
-import time
 from collections.abc import Callable, Iterator, Set
 
 from producer.job_results import FinishedOrder, InputOrder, Order
@@ -100,11 +99,8 @@ class JobWatch:
     def end_overdue(self, job_id: str) -> None:
         """What is late in the Job and nobody works on ends here; after an outage, once workers had the time to say that
         they do. Raises DatabaseUnavailable."""
-        asked_at = time.monotonic()
         try:
-            end_overdue(
-                self._ledger, _OVERDUE_OWNER, job_id=job_id, may_take_over=lambda: self._takeover.is_fair(asked_at)
-            )
+            end_overdue(self._ledger, _OVERDUE_OWNER, job_id=job_id, takeover=self._takeover)
         except DatabaseUnavailable:
             self._takeover.away()
             raise

@@ -13,6 +13,7 @@ from storage.leases import lease_chunk
 from storage.ledger import Ledger
 from storage.results import ChunkCommit, commit_within
 from storage.tables import chunks, is_bounded, is_waiting
+from storage.takeover import Takeover
 
 #: Chunks ended in one call: whoever looks has something else to do as well.
 _MAX_CHUNKS = 20
@@ -29,25 +30,27 @@ _WAITING = _overdue(is_waiting)
 _FREE = _overdue(is_waiting | (chunks.c.leased_until <= now_once()))
 
 
-def end_overdue(
-    ledger: Ledger, owner: str, *, job_id: str | None = None, may_take_over: Callable[[], bool] = lambda: True
-) -> int:
+def end_overdue(ledger: Ledger, owner: str, *, job_id: str | None = None, takeover: Takeover | None = None) -> int:
     """Let what is late in waiting Chunks, of this Job or of all, be `deadline_exceeded`; returns in how many Chunks.
 
-    Also in those whose lease has run out, if `may_take_over` says, as for `leases.claim_next`, that their owners have
-    died: who lives may have answers that were in time. Where the rest of a Chunk is in time, it waits on. After so many
-    Chunks it comes back, to be called again. Raises DatabaseUnavailable.
+    Also in those whose lease has run out, if that says by `takeover` that their owners have died: who lives may have
+    answers that were in time. It is told of each question that is answered. Where the rest of a Chunk is in time, it
+    waits on. After so many Chunks it comes back, to be called again. Raises DatabaseUnavailable.
     """
     is_of_job = true() if job_id is None else chunks.c.job_id == bindparam("job", job_id)
+    takeover = takeover or Takeover(0.0)  # nobody has anything to wait for
 
-    def overdue() -> Select[int]:
-        return (_FREE if may_take_over() else _WAITING).where(is_of_job)
+    def overdue(asked_at: float) -> Select[int]:
+        return (_FREE if takeover.is_fair(asked_at) else _WAITING).where(is_of_job)
 
     for num_ended in range(_MAX_CHUNKS):
         # Nearly always there are none, and to find that out nobody has to wait for his turn to write.
-        if ledger.read(lambda connection: connection.execute(overdue()).first()) is None:
+        asked_at = takeover.now()
+        found = ledger.read(lambda connection: connection.execute(_FREE.where(is_of_job)).first())
+        takeover.answered(asked_at)
+        if found is None:
             return num_ended
-        ended = ledger.write(partial(_end_one, overdue=overdue, owner=owner))
+        ended = ledger.write(partial(_end_one, overdue=partial(overdue, takeover.now()), owner=owner))
         if ended is None:
             return num_ended
         close_job_if_done(ledger, ended)

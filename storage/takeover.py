@@ -21,6 +21,10 @@ class Takeover:
         self._is_away = False
         self._answered_at = clock()
 
+    def now(self) -> float:
+        """When a question is asked, in seconds."""
+        return self._clock()
+
     def away(self) -> None:
         """The database did not answer."""
         self._is_away = True

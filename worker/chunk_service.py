@@ -187,10 +187,10 @@ class ChunkService:
             if self._is_draining.is_set():
                 return
             try:
-                if (asked_at := time.monotonic()) >= next_sweep:
-                    if not self._end_overdue():
-                        next_sweep = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
-                    self._takeover.answered(asked_at)
+                if time.monotonic() >= next_sweep and not end_overdue(
+                    self._ledger, self.owner, takeover=self._takeover
+                ):
+                    next_sweep = time.monotonic() + _IDLE_CLAIM_INTERVAL_S
                 if ticket is not None:
                     self._claim(ticket)
                 elif ranks and time.monotonic() >= next_look and not self._claim_unasked(ranks):
@@ -203,10 +203,6 @@ class ChunkService:
                 self._is_draining.wait(next(pauses))
             else:
                 pauses = backoff(_RETRY_S, _MAX_RETRY_S)
-
-    def _end_overdue(self) -> int:
-        asked_at = time.monotonic()
-        return end_overdue(self._ledger, self.owner, may_take_over=lambda: self._takeover.is_fair(asked_at))
 
     def _next_ticket(self, ranks: list[int], next_look: float) -> Ticket | None:
         """The most urgent one, if it is for one of these classes; waits a moment for one where there is none."""
@@ -244,7 +240,7 @@ class ChunkService:
     def _claim_next(self, ranks: Collection[int], min_age_s: float = 0.0) -> Lease | None:
         with self._open_lock:
             held = list(self._open)
-        asked_at = time.monotonic()
+        asked_at = self._takeover.now()
         lease = claim_next(
             self._ledger,
             self.settings.served_models,

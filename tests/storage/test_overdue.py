@@ -1,6 +1,11 @@
 """Late Requests end without a worker of their model."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
 
 from protocol.requests import Request
 from protocol.sampling import SamplingParams
@@ -9,6 +14,7 @@ from storage.leases import claim_next
 from storage.ledger import Ledger
 from storage.overdue import end_overdue
 from storage.results import ChunkCommit, commit, read_results
+from storage.takeover import Takeover
 from tests.storage.samples import MODEL, answered, chunk_row, expire, new_job, new_lease, run_threads
 
 LATE, IN_TIME = 1e-6, 1e6
@@ -72,7 +78,9 @@ def test_a_chunk_with_a_living_owner_is_left_to_it_and_a_dead_ones_ends_with_wha
 
     expire(ledger, chunk_id)
     # After an outage its owner has not had the time to renew, nor to commit what it has.
-    assert end_overdue(ledger, "anybody", may_take_over=lambda: False) == 0
+    after_outage = Takeover(30.0)
+    after_outage.answered(after_outage.now() - 600)
+    assert end_overdue(ledger, "anybody", takeover=after_outage) == 0
     assert end_overdue(ledger, "anybody") == 1
 
     found = read_results(ledger, job.id)
@@ -109,3 +117,27 @@ def test_prompts_whose_caller_waits_end_too(ledger: Ledger) -> None:
 
     assert end_overdue(ledger, "anybody") == 1
     assert job_status(ledger, job_id).job.state == "finished"
+
+
+def test_a_look_that_took_long_was_an_outage_for_everybody_though_it_found_nothing(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, read = [1000.0], ledger.read
+
+    def read_slowly(work: Callable[[Connection], Any]) -> Any:
+        found = read(work)
+        now[0] += 600
+        return found
+
+    takeover = Takeover(30.0, lambda: now[0])
+    with monkeypatch.context() as outage:
+        outage.setattr(ledger, "read", read_slowly)
+        assert end_overdue(ledger, "anybody", takeover=takeover) == 0
+
+    job = new_job(ledger, timeout=LATE)
+    chunk_id = add(ledger, job, None)
+    new_lease(ledger, chunk_id)
+    expire(ledger, chunk_id)
+    assert end_overdue(ledger, "anybody", takeover=takeover) == 0
+    now[0] += 30
+    assert end_overdue(ledger, "anybody", takeover=takeover) == 1
