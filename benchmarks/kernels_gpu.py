@@ -1,6 +1,6 @@
 """Each Triton kernel on a GPU: held to its plain twin in float64, and timed over shapes and variants.
 
-    python3 -m benchmarks.kernels_gpu [--only check,decode,prefix,write,score] [--seconds 240]
+    python3 -m benchmarks.kernels_gpu [--only check,decode,prefix,prefill,write,score] [--seconds 240]
 
 Times are medians of CUDA graph replays. A graph runs through several layers' caches, so that none is found in the
 L2 cache, as in a model. Prints one line per measurement, then one JSON object as the last line; a variant that fails
@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,16 +24,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from benchmarks.kernel_report import DEVICE, Report, time_graph
+from benchmarks.scores_gpu import time_scores
 from worker.engine.kernels.decode_plan import plan_decode
 from worker.engine.kernels.decode_variant import DECODE, PREFIX, DecodeVariant
 from worker.engine.kernels.kv_write import write_kv
 from worker.engine.kernels.paged_decode import decode
 from worker.engine.kernels.paged_prefill import LARGE, PrefillPlan, PrefillVariant, plan_prefill, prefill
-from worker.engine.kernels.plain import plain_decode, plain_prefill, plain_score_tokens
+from worker.engine.kernels.plain import plain_decode, plain_prefill
 from worker.engine.kernels.prefix_groups import PrefixGroups
-from worker.engine.kernels.token_scores import score_tokens
 
-DEVICE = "cuda"
 Int64s = npt.NDArray[np.int64]
 
 BLOCK_SIZE = 256
@@ -72,50 +71,6 @@ MIN_BYTES = 1 << 29
 #: Calls in one graph: layers of a model, since what is planned once a step is timed along.
 NUM_CALLS = 28
 SCALE = HEAD_DIM**-0.5
-
-
-class Report:
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-        self.results: list[dict[str, Any]] = []
-        self.num_wrong = 0
-
-    def add(self, what: str, measure: Callable[[], dict[str, Any]]) -> None:
-        if time.monotonic() > self.end:
-            self.results.append({"what": what, "skipped": True})
-            return
-        try:
-            found = measure()
-        except Exception as error:  # of whatever kind: the next variant may do
-            torch.cuda.empty_cache()
-            found = {"error": f"{type(error).__name__}: {error}"[:300]}
-        self.num_wrong += found.get("wrong", False)
-        self.results.append({"what": what, **found})
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items())
-        print(f"{what:<64} {shown}", flush=True)
-
-
-def time_graph(run: Callable[[], object], num_calls: int, num_replays: int = 20) -> float:
-    """Seconds per call, of `num_calls` in one graph."""
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for _ in range(3):
-        graph.replay()
-    times: list[float] = []
-    for _ in range(num_replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times) / num_calls
 
 
 class Rows:
@@ -264,21 +219,10 @@ def check(report: Report) -> None:
             f"check prefix {name}",
             functools.partial(check_rows, rows, DECODE, PREFIX, members),
         )
-    report.add("check scores", check_scores)
 
 
 def check_rows(rows: Rows, *arguments: Any, **terms: Any) -> dict[str, Any]:
     return rows.errors(rows.run(*arguments, **terms)(), **terms)
-
-
-def check_scores() -> dict[str, Any]:
-    torch.manual_seed(0)
-    logits = (torch.randn(64, 151_936, device=DEVICE) * 3).bfloat16()
-    targets = torch.randint(151_936, (64,), device=DEVICE)
-    found, expected = score_tokens(logits, targets), plain_score_tokens(logits.double(), targets)
-    error = float((found[0].double() - expected[0]).abs().max())
-    num_ranks = int((found[2] != expected[2]).sum())
-    return {"error": error, "wrong_ranks": num_ranks, "wrong": not error < 1e-4 or num_ranks > 0}
 
 
 SHAPES = {
@@ -436,29 +380,6 @@ class Pieces:
             expected = plain_prefill(query, keys, values, table, [40], [int(self.lens[i])], scale=self._scale)
             differences.append(float((output[end - 40 : end].double() - expected).abs().max()))
         return {"error": max(differences), "wrong": not max(differences) < 0.02}
-
-
-def time_scores(report: Report) -> None:
-    logits = torch.randn(1280, 151_936, device=DEVICE, dtype=torch.bfloat16)
-    targets = torch.randint(151_936, (1280,), device=DEVICE)
-
-    def measure(run: Callable[[], object]) -> dict[str, Any]:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        peak = torch.cuda.max_memory_allocated() - before
-        seconds = time_graph(run, 1)
-        return {"us": seconds * 1e6, "TB/s": logits.nbytes / seconds / 1e12, "peak_MiB": peak / 2**20}
-
-    runs: dict[str, Callable[[], object]] = {
-        "scores": lambda: score_tokens(logits, targets),
-        "scores, plain": lambda: plain_score_tokens(logits.float(), targets),
-        "topk 1": lambda: logits.topk(1, dim=-1),
-        "topk 5": lambda: logits.topk(5, dim=-1),
-        "topk 20": lambda: logits.topk(20, dim=-1),
-    }
-    for name, run in runs.items():
-        report.add(f"{name} of 1280 x 151936", functools.partial(measure, run))
 
 
 def measure_copy() -> dict[str, Any]:

@@ -61,7 +61,7 @@ def _compile(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
     attributes: dict[tuple[int], Any] = {}
     for i, name in enumerate(names):
         value = values[name]
-        if name in constants or (isinstance(value, int) and value == 1 and name not in general):
+        if name in constants or value is None or (isinstance(value, int) and value == 1 and name not in general):
             signature[name], constexprs[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(i,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]

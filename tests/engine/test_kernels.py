@@ -138,21 +138,39 @@ def test_prefill_compiles_for_hopper(heads: int, kv_heads: int, head_dim: int, b
         assert "wgmma" in kernel.ptx
 
 
-def test_the_other_kernels_compile_for_hopper() -> None:
+def test_writing_keys_and_values_compiles_for_hopper() -> None:
     from tests.engine.ahead_of_time import compiled
     from worker.engine.kernels.kv_write import write_kv
-    from worker.engine.kernels.token_scores import score_tokens
 
     cache: Any = torch.zeros(2, 256, 8, 128, dtype=torch.bfloat16)
     fused = torch.zeros(4096, 32, 128, dtype=torch.bfloat16)
     with compiled() as found:
         for num in (100, 4096):
             write_kv(fused[:num, 16:24], fused[:num, 24:], cache, cache, torch.zeros(num, dtype=torch.int64))
-        score_tokens(torch.zeros(3, 151_936, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64))
 
-    assert [x.spilled_bytes for x in found] == [0, 0, 0]
+    assert [x.spilled_bytes for x in found] == [0, 0]
     for kernel in found:
         assert ".v4.b32" in kernel.ptx  # 16 bytes at a time
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_scores_compile_for_hopper_a_few_times_for_all_numbers_of_best_tokens(dtype: torch.dtype) -> None:
+    from tests.engine.ahead_of_time import compiled
+    from worker.engine.kernels.token_scores import score_tokens
+
+    logits, targets = torch.zeros(3, 151_936, dtype=dtype), torch.zeros(3, dtype=torch.int64)
+
+    with compiled() as found:
+        for num_top in (0, 1, 16, 20):
+            score_tokens(logits, targets, num_top)
+
+    ways = {(x.kernel, x.specialization) for x in found}
+    assert Counter(kernel for kernel, _ in ways) == {"_score": 2, "_find_best": 1}
+    for kernel in found:
+        assert kernel.spilled_bytes == 0
+        assert ".v4.b32" in kernel.ptx  # 16 bytes at a time
+        # All rows of a piece are there at once, and as many of the scores as without best tokens.
+        assert kernel.num_registers <= (128 if kernel.kernel == "_find_best" else 85)
 
 
 def test_the_sampler_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:

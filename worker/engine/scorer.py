@@ -125,12 +125,8 @@ def _score(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tenso
     if _has_kernel(logits.device):
         from worker.engine.kernels.token_scores import score_tokens
 
-        logprobs, log_sums, ranks = score_tokens(logits, targets)
-    else:
-        logits = logits.float()
-        logprobs, log_sums, ranks = plain_score_tokens(logits, targets)
-    best = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
-    return logprobs, ranks, best.indices.int(), best.values.float() - log_sums[:, None]
+        return score_tokens(logits, targets, num_top)
+    return plain_score_tokens(logits.float(), targets, num_top)
 
 
 def _to_pinned(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The twins: what each kernel computes, in plain torch and in the inputs' own precision. Tests hold kernels to them.
 
 Letters: D rows, H query heads, G key/value heads, E head size, N blocks, B block size, M blocks per table, T tokens,
-C scored positions, V vocabulary.
+C scored positions, V vocabulary, K best tokens of each.
 """
 
 import torch
@@ -69,11 +69,29 @@ def plain_write_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor,
     k_cache[block, offset], v_cache[block, offset] = key[kept], value[kept]
 
 
-def plain_score_tokens(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain_score_tokens(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `score_tokens`, in the logits' own precision."""
     chosen = logits.gather(1, targets[:, None])  # (C, 1)
-    log_sums = logits.logsumexp(dim=-1)
+    log_sums = logits.logsumexp(dim=-1, keepdim=True)
     # Equal logits rank by token id, as argmax takes the first of them.
     is_before = torch.arange(logits.shape[-1], device=logits.device) < targets[:, None]
     ranks = ((logits > chosen) | ((logits == chosen) & is_before)).sum(dim=-1, dtype=torch.int32) + 1
-    return chosen.squeeze(1) - log_sums, log_sums, ranks
+    top_ids, top_logits = _best_tokens(logits, min(num_top, logits.shape[-1]))
+    return (chosen - log_sums).squeeze(1), ranks, top_ids, top_logits - log_sums
+
+
+def _best_tokens(logits: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+    """Ids (C, K) int32 and logits (C, K) in the order of ranks, which is not that of `topk` where logits are equal."""
+    vocab_size = logits.shape[-1]
+    best = logits.topk(num_top, dim=-1)
+    if num_top == 0:
+        return best.indices.int(), best.values
+    least = best.values[:, -1:]
+    # Those above the least are certain, and of those equal to it the first ids; V stands for no token.
+    tokens = torch.arange(vocab_size, dtype=torch.int32, device=logits.device)
+    equal = torch.where(logits == least, tokens, vocab_size).topk(num_top, dim=-1, largest=False, sorted=False).values
+    above = best.indices.int().masked_fill(best.values == least, vocab_size)
+    ids = torch.cat([above, equal], dim=-1).sort(dim=-1).values  # (C, 2K)
+    values = logits.gather(1, ids.clamp(max=vocab_size - 1).long()).masked_fill(ids == vocab_size, -torch.inf)
+    order = values.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
+    return ids.gather(1, order), values.gather(1, order)

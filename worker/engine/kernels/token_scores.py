@@ -1,6 +1,11 @@
-"""Token scores: log-sum-exp, a given token's logit and its rank, in one reading of the logits as they are.
+"""Token scores: a token's log-probability and its rank, in one reading of the logits as they are; and the best tokens.
 
-Letters: C positions, V vocabulary.
+The reading leaves the largest logit of each small group of tokens. Among the groups the best tokens hold a tournament:
+the group that leads is read, those of its tokens that beat all other groups are the next best, and the best of what is
+left of it speaks for it from then on. So N best tokens cost about N readings of a group, and at worst, where very many
+logits are equal, each group is read once more.
+
+Letters: C positions, V vocabulary, N best tokens, G groups.
 """
 
 import torch
@@ -9,27 +14,56 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 4096  # logits at a time
+#: Neighbours that are a group, with those as many blocks further on: 16 bytes of 16 bits each, which is what a thread
+#: reads at once. Groups are then about as many as the tokens of each, and a round looks at all of both.
+_GROUP = 8
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-(1 << 63))
 
 
-def score_tokens(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (C, V), targets (C,) int64 -> log-probabilities (C,) and log-sum-exps (C,) float32, ranks (C,) int32.
+def score_tokens(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits (C, V), targets (C,) int64 -> log-probabilities (C,) float32 and ranks (C,) int32 of the targets,
+    and of the N best tokens, best first, ids (C, N) int32 and log-probabilities (C, N) float32.
 
-    The most likely token has rank 1; equal logits rank by token id.
+    The most likely token has rank 1; equal logits rank by token id. N is `num_top`, or V where that is less.
     """
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1
-    logprobs, log_sums = (torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    assert targets.is_contiguous()
+    num_top = min(num_top, vocab_size)
+    logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     ranks = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    _score[(num_rows,)](
-        logits, targets, logprobs, log_sums, ranks, logits.stride(0), vocab_size, BLOCK=_BLOCK, num_warps=8
-    )
-    return logprobs, log_sums, ranks
+    top_ids = torch.empty(num_rows, num_top, dtype=torch.int32, device=logits.device)
+    top_logprobs = torch.empty(num_rows, num_top, dtype=torch.float32, device=logits.device)
+    log_sums = group_tops = None
+    if num_top > 0:
+        log_sums = torch.empty_like(logprobs)
+        group_tops = torch.empty(num_rows, _BLOCK // _GROUP, dtype=torch.float32, device=logits.device)  # (C, G)
+    sizes = {"row_stride": logits.stride(0), "vocab_size": vocab_size, "BLOCK": _BLOCK, "GROUP": _GROUP}
+    _score[(num_rows,)](logits, targets, logprobs, ranks, log_sums, group_tops, **sizes, num_warps=8)
+    if num_top > 0:
+        # One warp: a round is a chain of reductions, and rows enough run beside each other.
+        _find_best[(num_rows,)](
+            logits, log_sums, group_tops, top_ids, top_logprobs, num_top, **sizes,
+            BLOCKS=triton.next_power_of_2(triton.cdiv(vocab_size, _BLOCK)), num_warps=1,
+        )  # fmt: skip
+    return logprobs, ranks, top_ids, top_logprobs
 
 
 @triton.jit
-def _score(logits, targets, logprobs, log_sums, ranks, row_stride, vocab_size, BLOCK: tl.constexpr):
+def _score(
+    logits,
+    targets,
+    logprobs,
+    ranks,
+    log_sums,
+    group_tops,
+    row_stride,
+    vocab_size,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """One program per row. Each lane keeps a maximum and a sum of its own: nothing is exchanged before the end."""
     row = tl.program_id(0)
     base = logits + row.to(tl.int64) * row_stride
@@ -50,5 +84,75 @@ def _score(logits, targets, logprobs, log_sums, ranks, row_stride, vocab_size, B
     most = tl.max(best, axis=0)
     log_sum = (most + tl.log2(tl.sum(total * tl.exp2(best - most), axis=0))) * _LN_2
     tl.store(logprobs + row, chosen - log_sum)
-    tl.store(log_sums + row, log_sum)
     tl.store(ranks + row, tl.sum(num_before, axis=0) + 1)
+    if group_tops is not None:
+        num: tl.constexpr = BLOCK // GROUP
+        tops = tl.max(tl.reshape(best, (num, GROUP)), axis=1)
+        tl.store(group_tops + row * num + tl.arange(0, num), tops)
+        tl.store(log_sums + row, log_sum)
+
+
+@triton.jit
+def _keys(values, ids):
+    """Whole numbers in the order of ranks: by logit, then by id."""
+    values = tl.where(values == values, values + 0.0, -float("inf"))  # no negative zero, and nothing without an order
+    bits = values.to(tl.int32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
+
+
+@triton.jit
+def _id(key):
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def _value(key):
+    order = (key >> 32).to(tl.int32)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["num_top"])
+def _find_best(
+    logits,
+    log_sums,
+    group_tops,
+    top_ids,
+    top_logprobs,
+    num_top,
+    row_stride,
+    vocab_size,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """One program per row. A group's head is a key that none of its tokens left exceeds: until the group is read, its
+    largest logit with its first id. A round takes a token or makes a head exact, so there are at most N + G."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * row_stride
+    log_sum = tl.load(log_sums + row)
+    num: tl.constexpr = BLOCK // GROUP
+    first_ids = tl.arange(0, num) * GROUP
+    tops = tl.load(group_tops + row * num + tl.arange(0, num)) * _LN_2
+    tops += tl.abs(tops) * 1e-6  # what multiplying there and back may have lost
+    tops = tl.where(tops == tops, tops, float("inf"))
+    heads = tl.where(first_ids < vocab_size, _keys(tops, first_ids), _LOWEST)
+    places = tl.arange(0, BLOCKS * GROUP)
+    offsets = places // GROUP * BLOCK + places % GROUP
+    last = tl.full((), (1 << 63) - 1, tl.int64)
+    count = tl.full((), 0, tl.int32)
+    while count < num_top:
+        lead = tl.max(heads, axis=0)
+        others = tl.max(tl.where(heads == lead, _LOWEST, heads), axis=0)
+        ids = offsets + _id(lead) % BLOCK // GROUP * GROUP
+        values = tl.load(logits + ids, mask=ids < vocab_size, other=-float("inf")).to(tl.float32)
+        keys = _keys(values, ids)
+        keys = tl.where((ids < vocab_size) & (keys < last), keys, _LOWEST)
+        head = tl.max(keys, axis=0)
+        while (head > others) & (count < num_top):
+            at = row.to(tl.int64) * num_top + count
+            tl.store(top_ids + at, _id(head))
+            tl.store(top_logprobs + at, _value(head) - log_sum)
+            last = head
+            count += 1
+            head = tl.max(tl.where(keys < head, keys, _LOWEST), axis=0)
+        heads = tl.where(heads == lead, head, heads)
