@@ -17,20 +17,24 @@ _COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 @click.command("doctor", short_help="Check servers, device, model and disks.")
+@click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each line.")
 @click.option("--worker", "is_worker", is_flag=True, help="Only: does a worker on this machine answer? For containers.")
-def command(as_json: bool, is_worker: bool) -> None:
+def command(model: str | None, as_json: bool, is_worker: bool) -> None:
     """Check Redis, the database, workers, packages, device, attention, model and disks.
+
+    MODEL is a folder with a model, or a name on the model hub; without it, the one of the settings. Nothing is
+    downloaded.
 
     Changes nothing. Each line says what is wrong and what to do about it. The exit code is 1 when a check failed;
     warnings leave it 0.
 
     \b
     Example:
-      millrace doctor
+      millrace doctor models/millrace-tiny
     """
     num_failed = num_warnings = 0
-    for finding in _own_worker() if is_worker else _everything():
+    for finding in _own_worker(model) if is_worker else _everything(model):
         num_failed += finding.state == "failed"
         num_warnings += finding.state == "warning"
         _show(finding, as_json)
@@ -39,13 +43,13 @@ def command(as_json: bool, is_worker: bool) -> None:
     sys.exit(1 if num_failed else 0)
 
 
-def _everything() -> "Iterator[Finding]":
+def _everything(model: str | None) -> "Iterator[Finding]":
     from cli.finding import findings
     from cli.machine_checks import check_device, check_disks, check_model, check_packages
     from cli.server_checks import check_database, check_redis, check_workers
 
     yield from findings("packages", check_packages)
-    settings = yield from _settings()
+    settings = yield from _settings(model)
     if settings is None:
         return
     for name, check in (
@@ -59,16 +63,16 @@ def _everything() -> "Iterator[Finding]":
         yield from findings(name, partial(check, settings))
 
 
-def _own_worker() -> "Iterator[Finding]":
+def _own_worker(model: str | None) -> "Iterator[Finding]":
     from cli.finding import findings
     from cli.server_checks import check_own_worker
 
-    settings = yield from _settings(is_quiet=True)
+    settings = yield from _settings(model, is_quiet=True)
     if settings is not None:
         yield from findings("worker", partial(check_own_worker, settings))
 
 
-def _settings(is_quiet: bool = False) -> "Generator[Finding, None, Settings | None]":
+def _settings(model: str | None, is_quiet: bool = False) -> "Generator[Finding, None, Settings | None]":
     """Generates one finding, and returns the settings or None."""
     import os
 
@@ -77,7 +81,7 @@ def _settings(is_quiet: bool = False) -> "Generator[Finding, None, Settings | No
     from protocol.settings import CONFIG_VARIABLE, DEFAULT_CONFIG_FILE, ENV_PREFIX, load_settings
 
     try:
-        settings = load_settings()
+        settings = load_settings({"engine.model": model})
     except ConfigurationError as error:
         yield failed("settings", str(error))
         return None

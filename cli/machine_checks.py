@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli.finding import Finding, failed, ok, shown_bytes, warning
+from protocol.errors import ConfigurationError
 from protocol.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 #: What cannot be done without the packages of an extra.
 _ABSENT = {
@@ -69,15 +74,12 @@ def _packages(name: str, extra: str, requirements: list[str]) -> Finding:
 
 
 def check_device(settings: Settings) -> Iterator[Finding]:
-    """The device the engine would take, its memory, and the attention that would run on it."""
+    """The device the engine would take, its memory, and the attention that the model would have on it."""
     if find_spec("torch") is None:
         yield warning("device", CLIENT_ONLY, _INSTALL_WORKER)
         return
     import torch
 
-    from worker.engine.attention import choose_backend, flash_attention_obstacle
-    from worker.engine.dtypes import choose_dtype
-    from worker.engine.kernels.obstacle import triton_obstacle
     from worker.engine.loader import choose_device
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
@@ -90,16 +92,33 @@ def check_device(settings: Settings) -> Iterator[Finding]:
         way_out = "install the build of torch for this driver's CUDA: `nvidia-smi` shows which it supports"
         yield warning("gpu", "nvidia-smi is here, but torch sees no GPU", way_out)
     device = choose_device(settings.engine)
-    dtype = choose_dtype(settings.engine, device)
     yield ok("device", str(device))
-    backend = choose_backend(settings.engine.attention, device, dtype)
-    obstacle = flash_attention_obstacle(device, dtype) if settings.engine.attention == "auto" else None
-    facts = f"{backend.name}{f'; without flash-attn: {obstacle}' if obstacle else ''}"
-    missing = triton_obstacle(device) if settings.engine.attention == "auto" and device.type == "cuda" else None
-    if missing:
-        yield warning("attention", f"{facts}; {missing}", "the engine is several times as fast with Triton's kernels")
+    yield _attention(settings, device)
+
+
+def _attention(settings: Settings, device: "torch.device") -> Finding:
+    from worker.engine.attention import choose_backend, flash_attention_obstacle
+    from worker.engine.dtypes import choose_dtype
+    from worker.engine.kernels.obstacle import triton_obstacle
+    from worker.engine.model_files import local_folder
+    from worker.engine.task import choose_task
+    from worker.engine.text_attention import choose_text_attention
+
+    engine = settings.engine
+    try:
+        folder = local_folder(engine.model, engine.revision)
+    except ConfigurationError:  # what is wrong with it is said by `check_model`
+        folder = None
+    dtype = choose_dtype(engine, device, folder)
+    facts = f"in {_shown_dtype(dtype)}" + ("" if folder else ", as far as can be said without the model")
+    is_best = engine.attention == "auto" and device.type == "cuda"
+    if folder is not None and (task := choose_task(folder, engine)) != "generate":
+        facts = f"{choose_text_attention(engine.attention, device, dtype).name} {facts}, to {task}"
+        missing, gain = flash_attention_obstacle(device, dtype), "whole texts are faster with flash-attn"
     else:
-        yield ok("attention", facts)
+        facts = f"{choose_backend(engine.attention, device, dtype).name} {facts}"
+        missing, gain = triton_obstacle(device), "the engine is several times as fast with Triton's kernels"
+    return warning("attention", f"{facts}; {missing}", gain) if is_best and missing else ok("attention", facts)
 
 
 def check_model(settings: Settings) -> Iterator[Finding]:
@@ -111,16 +130,13 @@ def check_model(settings: Settings) -> Iterator[Finding]:
     from worker.engine.dtypes import choose_dtype
     from worker.engine.loader import choose_device
     from worker.engine.memory import available_bytes, check_memory, weight_bytes
-    from worker.engine.model_files import resolve_folder
+    from worker.engine.model_files import local_folder
 
-    if not Path(engine.model).expanduser().is_dir() and "/" in engine.model:
-        from huggingface_hub import try_to_load_from_cache
-
-        if not isinstance(try_to_load_from_cache(engine.model, "config.json", revision=engine.revision), str):
-            facts = f"{engine.model} is no folder here and is not in the hub's cache"
-            yield warning("model", facts, "a worker downloads it at its start if the model hub has it, or fails")
-            return
-    folder = resolve_folder(engine.model, engine.revision)
+    folder = local_folder(engine.model, engine.revision)
+    if folder is None:
+        facts = f"{engine.model} is no folder here and is not in the hub's cache"
+        yield warning("model", facts, "a worker downloads it at its start if the model hub has it, or fails")
+        return
     device = choose_device(engine)
     dtype = choose_dtype(engine, device, folder)
     needed, available = weight_bytes(folder, dtype), available_bytes(device, engine)
@@ -128,8 +144,12 @@ def check_model(settings: Settings) -> Iterator[Finding]:
     yield ok(
         "model",
         f"{folder}, served as {settings.served_model}: weights take {shown_bytes(needed)} of "
-        f"{shown_bytes(available)} on {device} in {str(dtype).removeprefix('torch.')}",
+        f"{shown_bytes(available)} on {device} in {_shown_dtype(dtype)}",
     )
+
+
+def _shown_dtype(dtype: "torch.dtype") -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_disks(settings: Settings) -> Iterator[Finding]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import redis
+import torch
 from click.testing import Result
+from safetensors.torch import save_file
 
 from cli import machine_checks
 from storage.ledger import Ledger
@@ -54,7 +56,7 @@ def test_all_is_well_on_a_machine_that_has_everything(
     assert (lines["workers"]["state"], lines["workers"]["facts"]) == ("warning", "none answers")
     assert "-0.0 s" not in result.output
     assert ("clock" in lines) == database_url.startswith("postgresql")
-    assert lines["attention"]["facts"].startswith(("sparse", "triton"))
+    assert lines["attention"]["facts"] in ("sparse in float32", "triton in bfloat16")
     assert "served as millrace-tiny" in lines["model"]["facts"]
     for url in (redis_url, database_url):
         if "@" in url:
@@ -72,6 +74,26 @@ def test_every_line_is_there_when_everything_is_missing(millrace: Invoke) -> Non
     assert "create it with `millrace migrate`" in result.stdout
     assert "-> start it, or set MILLRACE_BROKER_URL" in result.stdout
     assert result.stderr.startswith("5 failed, ")
+
+
+def test_the_line_on_attention_is_about_the_model_that_is_given(millrace: Invoke, tmp_path: Path) -> None:
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text('{"architectures": ["BertModel"]}')
+    save_file({"embeddings.weight": torch.zeros(2, 2)}, encoder / "model.safetensors")
+
+    def attention(*arguments: str) -> str:
+        lines = found(millrace("doctor", *arguments, "--json", broker_url=CLOSED, engine_device="cpu"))
+        return f"{lines['model']['state']}: {lines['attention']['facts']}"
+
+    assert attention(str(encoder)) == "ok: sdpa in float32, to embed"
+    assert attention(MODEL) == "ok: sparse in float32"
+    for unknown in ("nobody/no-such-model", "no-such-folder"):
+        assert attention(unknown) == "warning: sparse in float32, as far as can be said without the model"
+    (encoder / "model.safetensors").unlink()
+    assert attention(str(encoder)).startswith("failed: sparse in float32, as far")
+    line = found(millrace("doctor", "/nowhere", "--json", broker_url=CLOSED))["model"]
+    assert line["facts"].startswith("engine.model='/nowhere': there is no such folder")
 
 
 def test_wrong_password_of_redis_is_named_as_such(millrace: Invoke, redis_url: str) -> None:

@@ -65,6 +65,17 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
     return folder
 
 
+def local_folder(model: str, revision: str | None = None) -> Path | None:
+    """As `resolve_folder`, and downloads nothing: None for a hub name whose files are not here."""
+    if Path(model).expanduser().is_dir() or not _HUB_NAME.fullmatch(model):
+        return resolve_folder(model, revision)
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    folder = Path(config).parent if isinstance(config, str) else None
+    return folder if folder is not None and any(folder.glob("*.safetensors")) else None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads weights from; a repository may hold the same weights in another form too."""
     for index in sorted(folder.glob("model*.safetensors.index.json")):
