@@ -27,12 +27,15 @@ _GPU_TOKENS, _CPU_TOKENS = 1024, 8
 
 @torch.inference_mode()
 def compile_layers(loaded: LoadedModel) -> bool:
-    """Compile the model's layers, now; False, with the reason in the log, where they run as they are."""
+    """Compile the model's layers, now, unless they are; False, with the reason in the log, where they run as they
+    are."""
     model: Any = loaded.model
     layers = _layers(model, len(loaded.layers))
     if layers is None:
         log.warning("layers run uncompiled: the model does not keep its %d layers in one list", len(loaded.layers))
         return False
+    if layers[0]._compiled_call_impl is not None:  # for another engine
+        return True
     for layer in layers:
         for module in layer.modules():
             if isinstance(number := getattr(module, "layer_idx", None), int):
