@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from cli.output import Showing
 from producer.file_format import FORMATS, format_of
 from protocol.priority import PRIORITIES
+from protocol.requests import Kind
 from protocol.sampling import TOO_LONG, SamplingParams
 
 
@@ -70,6 +71,13 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--prompt-column", metavar="NAME", help="CSV and Parquet: the column of prompts. Default: prompt.")
     @click.option("--id-column", metavar="NAME", help="CSV and Parquet: the column of each row's custom_id, if any.")
     @click.option(
+        "--kind",
+        type=click.Choice(get_args(Kind)),
+        default="generate",
+        show_default=True,
+        help="CSV and Parquet: what is asked of each row's prompt.",
+    )
+    @click.option(
         "--model-map",
         multiple=True,
         metavar="ASKED=SERVED",
@@ -82,13 +90,14 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         input_format: str | None,
         prompt_column: str | None,
         id_column: str | None,
+        kind: Kind,
         model_map: dict[str, str],
         **others: Any,
     ) -> Any:
         from producer.columns import Columns
         from producer.source import Reading
 
-        columns = Columns(prompt_column or Columns().prompt, id_column)
+        columns = Columns(prompt_column or Columns().prompt, id_column, kind)
         file_format = None if input_format is None else format_of(input_format)
         return command(reading=Reading(file_format, columns, model_map), **others)
 

@@ -1,9 +1,11 @@
-"""Columns: which of a table's columns are taken. All others are left, also those named like a parameter."""
+"""Columns: which of a table's columns are taken, and what for. Others are left, also those named like a parameter."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from protocol.errors import ConfigurationError
+from protocol.requests import Kind
 
 #: Columns that a message names.
 _MAX_NAMED = 30
@@ -11,14 +13,21 @@ _MAX_NAMED = 30
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Of a CSV or Parquet file; without `id` its rows have no custom_id."""
+    """Of a CSV or Parquet file, whose rows all ask for one `kind`; without `id` they have no custom_id."""
 
     prompt: str = "prompt"
     id: str | None = None
+    kind: Kind = "generate"
 
     def find(self, names: Sequence[str]) -> tuple[int, int | None]:
         """Where the two are among these. Raises ConfigurationError naming those there are, also for one there twice."""
         return self._index("prompt", self.prompt, names), None if self.id is None else self._index("id", self.id, names)
+
+    def line(self, text: str | None) -> dict[str, Any]:
+        """A row's text as the object that a line of a JSONL file would hold."""
+        if self.kind == "generate":
+            return {"prompt": text}
+        return {"kind": self.kind, "text" if self.kind == "score" else "input": text}
 
     def _index(self, what: str, name: str, names: Sequence[str]) -> int:
         found = names.count(name)

@@ -27,6 +27,7 @@ class CsvRows:
     def __init__(self, file: BinaryIO, columns: Columns) -> None:
         # A limit of the module's, for all readers: ours is on the row, and it is the smaller one.
         csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
+        self._columns = columns
         self._lines = _PhysicalLines(file)
         self._reader = csv.reader(self._lines, strict=True)
         try:
@@ -57,7 +58,7 @@ class CsvRows:
                 "invalid_csv",
                 f"the row has {len(fields)} fields, but there are {len(self._names)} columns: quote what has commas",
             )
-        line = {"prompt": fields[self._prompt]}
+        line = self._columns.line(fields[self._prompt])
         if self._id is not None and fields[self._id]:
             line["custom_id"] = fields[self._id]
         try:

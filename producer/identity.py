@@ -52,8 +52,8 @@ def lines_digest(lines: Iterable[bytes]) -> str:
 
 
 def reading_digest(content_digest: str, file_format: FileFormat, columns: Columns, model_map: Mapping[str, str]) -> str:
-    """SHA-256 of a content and of how it is read: with other columns or other models it is another input."""
+    """SHA-256 of a content and of how it is read: other columns, another kind or other models make another input."""
     if file_format.kind == "jsonl" and not model_map:
         return content_digest
-    reading = [file_format.kind, columns.prompt, columns.id, sorted(model_map.items())]
+    reading = [file_format.kind, columns.prompt, columns.id, columns.kind, sorted(model_map.items())]
     return hashlib.sha256(_encode([content_digest, reading])).hexdigest()

@@ -46,6 +46,7 @@ class ParquetRows:
             version = self._arrow.__version__
             raise ConfigurationError(f"it is no whole Parquet file, as far as pyarrow {version} knows") from error
         schema = self._file.schema_arrow
+        self._columns = columns
         prompt, custom_id = columns.find(schema.names)
         self._prompt, self._id = schema.names[prompt], None if custom_id is None else schema.names[custom_id]
         types = self._arrow.types
@@ -59,9 +60,20 @@ class ParquetRows:
             for batch in self._file.iter_batches(self._batch_rows(), columns=names, use_threads=False):
                 prompts = self._values(batch.column(self._prompt))
                 ids = self._values(batch.column(self._id)) if self._id is not None else [None] * len(prompts)
-                yield from map(_line, prompts, ids)
+                yield from map(self._line, prompts, ids)
         except (self._arrow.ArrowException, OSError) as error:
             raise DamagedContent from error
+
+    def _line(self, prompt: bytes | None, custom_id: bytes | int | None) -> RawLine:
+        if prompt is not None and len(prompt) > MAX_LINE_BYTES:
+            return too_long("row")
+        try:
+            line = self._columns.line(None if prompt is None else prompt.decode())
+            if custom_id is not None:
+                line["custom_id"] = custom_id.decode() if isinstance(custom_id, bytes) else str(custom_id)
+        except UnicodeDecodeError:
+            return InvalidRequest("invalid_utf8", "the row is not valid UTF-8")
+        return _encode(line)
 
     def _batch_rows(self) -> int:
         """So many that their prompts are not too much at once, where some rows are long."""
@@ -96,18 +108,6 @@ class ParquetRows:
         given = schema.field(name).type
         if not any(is_allowed(given) for is_allowed in allowed):
             raise ConfigurationError(f"the column {name!r} is of type {given}: it must be text")
-
-
-def _line(prompt: bytes | None, custom_id: bytes | int | None) -> RawLine:
-    if prompt is not None and len(prompt) > MAX_LINE_BYTES:
-        return too_long("row")
-    try:
-        line: dict[str, Any] = {"prompt": None if prompt is None else prompt.decode()}
-        if custom_id is not None:
-            line["custom_id"] = custom_id.decode() if isinstance(custom_id, bytes) else str(custom_id)
-    except UnicodeDecodeError:
-        return InvalidRequest("invalid_utf8", "the row is not valid UTF-8")
-    return _encode(line)
 
 
 @contextmanager

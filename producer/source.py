@@ -57,8 +57,8 @@ class Source:
         self._format = reading.file_format or (FileFormat() if self._path is None else format_of(self._path.name))
         if self._format.kind == "jsonl" and reading.columns != ALL_DEFAULTS:
             raise ConfigurationError(
-                f"{self} is read as JSON lines, which have no columns: --prompt-column and --id-column are for CSV and "
-                "Parquet, which --input-format or the file's suffix asks for"
+                f"{self} is read as JSON lines, which have no columns and say what they ask for: --prompt-column, "
+                "--id-column and --kind are for CSV and Parquet, which --input-format or the file's suffix asks for"
             )
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ from producer.parquet_rows import ParquetRows
 from producer.raw_lines import MAX_LINE_BYTES
 from producer.source import AS_NAMED, Input, Reading, Source
 from protocol.errors import ConfigurationError, DamagedInput
-from protocol.requests import Request, Result
+from protocol.requests import Kind, Request, Result
 from protocol.settings import Settings
 from storage.leases import claim_next
 from storage.ledger import Ledger
@@ -90,6 +90,28 @@ def test_every_format_has_the_same_requests_from_a_file_and_from_a_stream(suffix
     assert read(path, Reading(columns=columns), skip=4) == expected[4:]
     with _pipe(path.read_bytes()) as stream:
         assert read(stream, Reading(format_of(suffix), columns)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("generate", lambda text: {"prompt": text}),
+        ("score", lambda text: {"kind": "score", "text": text}),
+        ("embed", lambda text: {"input": text}),
+        ("classify", lambda text: {"kind": "classify", "input": text}),
+    ],
+)
+def test_rows_of_a_table_ask_for_any_kind(kind: Kind, fields: Callable[[str], Any], tmp_path: Path) -> None:
+    expected = read([fields(text) | ({"id": name} if name else {}) for text, name in zip(TEXTS, IDS, strict=True)])
+    digests = set()
+    for suffix in ("csv", "parquet"):
+        path = tmp_path / f"texts.{suffix}"
+        path.write_bytes(WRITERS[suffix]())
+        reading = Reading(columns=Columns(id="id", kind=kind))
+
+        assert read(path, reading) == expected
+        digests |= {Source(path, reading).digest(), Source(path, TABLE).digest()}
+    assert len(digests) == (2 if kind == "generate" else 4)
 
 
 def _pipe(data: bytes) -> io.BufferedReader:
