@@ -1,14 +1,17 @@
 """The engine in-process: stops, limits, cancels, seeded draws, and what its frames report."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from batching.scheduler import StepPlan
 from protocol.errors import ConfigurationError
 from protocol.frames import NewSequence
 from tests.engine.reference import Reference, Run, collect, drive, new_sequence, random_prompts, settings_for
 from worker.engine.engine import Engine
+from worker.engine.runner import StepHandle
 
 LOOKAHEADS = pytest.mark.parametrize("lookahead", [0, 1])
 
@@ -201,6 +204,26 @@ def test_a_warm_up_leaves_no_trace(
     assert engine.telemetry.num_steps == 0
     run = drive(engine, [new_sequence(i, prompt, 12) for i, prompt in enumerate(expected.prompts)])
     assert [run.outputs[i] for i in range(len(expected.prompts))] == [output[:12] for output in expected.outputs]
+
+
+def test_what_a_cpu_takes_for_a_forward_pass_is_neither_a_gap_nor_the_hosts_time(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, now = Engine.start(settings_for(model_folder("llama"))), 0.0
+    launch = engine.runner.launch
+
+    def compute(plan: StepPlan) -> StepHandle:
+        nonlocal now
+        now += 10
+        return launch(plan)
+
+    monkeypatch.setattr(engine.runner, "launch", compute)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    run = drive(engine, [new_sequence(i, [5, 6, 7], 4) for i in range(3)])
+
+    telemetry = engine.telemetry
+    assert telemetry.num_steps == run.num_steps > 3
+    assert (telemetry.wait_s, telemetry.host_s, telemetry.gap_s) == (10 * run.num_steps, 0, 0)
 
 
 def test_a_warm_up_in_the_smallest_cache_does_what_it_can(model_folder: Callable[[str], Path]) -> None:

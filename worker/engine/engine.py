@@ -227,15 +227,18 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan is None:
             return False
+        begun = time.perf_counter()
         try:
             handle = self.runner.launch(plan)
         except torch.OutOfMemoryError:
             self._failed.append(plan)
             return False
+        if handle.done is not None:
+            begun = time.perf_counter()  # a GPU has it from now on; a CPU was at it meanwhile
         self._in_flight.append((plan, handle))
         num_padding = plan.num_padding_tokens + handle.num_padding
         self.telemetry.count_launch(
-            started, len(plan.sequences), plan.num_scheduled_tokens, num_padding, handle.is_captured
+            started, begun, len(plan.sequences), plan.num_scheduled_tokens, num_padding, handle.is_captured
         )
         return True
 

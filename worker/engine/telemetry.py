@@ -24,17 +24,20 @@ class Telemetry:
         for name, value in asdict(Telemetry()).items():
             setattr(self, name, value)
 
-    def count_launch(self, started: float, num_rows: int, num_tokens: int, num_padding: int, is_captured: bool) -> None:
-        """A step has been launched, which began at `started` (of time.perf_counter)."""
-        now = time.perf_counter()
+    def count_launch(
+        self, started: float, begun: float, num_rows: int, num_tokens: int, num_padding: int, is_captured: bool
+    ) -> None:
+        """A step has been launched, at which the host was from `started` and the device from `begun` on (of
+        time.perf_counter)."""
         self.num_steps += 1
         self.num_captured += is_captured
         self.num_rows += num_rows
         self.num_tokens += num_tokens
         self.num_padding += num_padding
-        self.host_s += now - started
+        self.host_s += begun - started
+        self.wait_s += time.perf_counter() - begun
         if self._idle_since is not None:
-            self.gap_s += now - self._idle_since
+            self.gap_s += begun - self._idle_since
             self.num_gaps += 1
             self._idle_since = None
 
