@@ -11,7 +11,7 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import msgspec
@@ -28,7 +28,11 @@ DEFAULT_CONFIG_FILE = "millrace.toml"
 PARENT_FD_VARIABLE = "MILLRACE_PARENT_FD"
 #: Settings that are several words, which a variable holds with commas between them.
 _LISTS = ("also_serves",)
-_MSGSPEC_SAID = re.compile(r"Expected `([^`]+)`, got `[^`]+` - at `\$\.([a-z_.]+)`")
+_WRONG_TYPE = re.compile(r"Expected `([a-z]+)(?: \| null)?`, got `[^`]+` - at `\$\.([a-z_.]+)`")
+_WRONG_CHOICE = re.compile(r"Invalid enum value .* - at `\$\.([a-z_.]+)`", re.DOTALL)
+_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "array": "a list"}
+#: Settings whose values no message shows.
+_SECRETS = ("broker_url", "database_url", "flower_password")
 _NO_SETTINGS = (CONFIG_VARIABLE, PARENT_FD_VARIABLE, FAULT_VARIABLE)
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -228,21 +232,29 @@ def load_settings(overrides: Mapping[str, Any] | None = None, environ: Mapping[s
     try:
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigurationError(_wrong_type(str(error), values)) from error
+        raise ConfigurationError(_wrong_value(str(error), values)) from error
     settings.check()
     return settings
 
 
-def _wrong_type(said: str, values: Mapping[str, Any]) -> str:
-    """What msgspec said of a value, with the setting's name and the value."""
-    match = _MSGSPEC_SAID.fullmatch(said)
-    if match is None:
-        return f"a setting has the wrong type: {said}"
-    expected, dotted = match.groups()
+def _wrong_value(said: str, values: Mapping[str, Any]) -> str:
+    """What msgspec said of a value, with the setting's name, the value, and what it may be."""
+    if match := _WRONG_TYPE.fullmatch(said):
+        expected, dotted = match.groups()
+        given = dotted if dotted in _SECRETS else f"{dotted}={_value_of(dotted, values)!r}"
+        return f"{given} has the wrong type: it must be {_TYPES.get(expected, expected)}"
+    if match := _WRONG_CHOICE.fullmatch(said):
+        (dotted,) = match.groups()
+        choices = get_args(EngineSettings.__annotations__[dotted.removeprefix("engine.")])
+        return f"{dotted}={_value_of(dotted, values)!r} is unknown: it is one of {', '.join(choices)}"
+    return f"a setting has the wrong type: {said}"
+
+
+def _value_of(dotted: str, values: Mapping[str, Any]) -> Any:
     value: Any = values
     for name in dotted.split("."):
         value = value[name]
-    return f"{dotted}={value!r} has the wrong type: it must be {expected}"
+    return value
 
 
 def _read_toml(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -299,10 +311,12 @@ def _check_broker(url: str) -> None:
     try:
         parts = urlsplit(url)
         _ = parts.port
+        if parts.scheme in ("redis", "rediss") and parts.path.strip("/"):
+            _ = int(parts.path.strip("/"))  # the number of a database
     except ValueError as error:
         raise ConfigurationError(
-            "broker_url cannot be read: it must look like redis://:password@host:6379/0, with a port up to 65535, and "
-            "with /, # and ? of a password written as %2F, %23 and %3F"
+            "broker_url cannot be read: it must look like redis://:password@host:6379/0, with a port up to 65535, the "
+            "number of a database, and with /, # and ? of a password written as %2F, %23 and %3F"
         ) from error
     if parts.scheme not in _BROKER_SCHEMES:
         raise ConfigurationError(

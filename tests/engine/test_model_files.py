@@ -14,7 +14,7 @@ from protocol.settings import EngineSettings
 from worker.engine import memory
 from worker.engine.engine import Engine
 from worker.engine.loader import load_model
-from worker.engine.model_files import files_digest, fingerprint, resolve_folder
+from worker.engine.model_files import files_digest, fingerprint, local_folder, resolve_folder
 
 
 def make_folder(tmp_path: Path, **files: str) -> Path:
@@ -74,6 +74,19 @@ def test_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
 def test_path_that_is_not_there_is_refused_without_asking_the_hub(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no such folder"):
         resolve_folder(str(tmp_path / "a" / "b"))
+
+
+def test_file_and_empty_name_are_told_from_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.gguf").touch()
+
+    for find in (resolve_folder, local_folder):
+        with pytest.raises(
+            ConfigurationError, match=r"engine\.model='model\.gguf' is a file: give the folder with config"
+        ):
+            find("model.gguf")
+        with pytest.raises(ConfigurationError, match=r"engine\.model is empty: give"):
+            find("")
 
 
 def test_hub_name_that_cannot_be_had_is_refused_with_the_way_out() -> None:

@@ -38,8 +38,9 @@ def test_number_out_of_range_is_refused_with_its_limits(name: str, text: str) ->
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lease_seconds", "lease_seconds='soon' has the wrong type: it must be float"),
-        ("engine_max_num_seqs", "engine.max_num_seqs='soon' has the wrong type: it must be int | null"),
+        ("lease_seconds", "lease_seconds='soon' has the wrong type: it must be a number"),
+        ("engine_max_num_seqs", "engine.max_num_seqs='soon' has the wrong type: it must be a whole number"),
+        ("engine_admission", "engine.admission='soon' is unknown: it is one of auto, headroom, peak"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(name: str, message: str) -> None:
@@ -47,6 +48,14 @@ def test_a_value_of_the_wrong_type_is_named(name: str, message: str) -> None:
         load_settings(environ={f"MILLRACE_{name.upper()}": "soon"})
 
     assert str(caught.value) == message
+
+
+def test_a_secret_of_the_wrong_type_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "millrace.toml").write_text("flower_password = 12345")
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(environ={"MILLRACE_CONFIG": str(tmp_path / "millrace.toml")})
+
+    assert str(caught.value) == "flower_password has the wrong type: it must be a text"
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e300"])
@@ -105,7 +114,15 @@ def test_tables_own_name_is_no_variable(environ: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://:secret@localhost:99999/0", "redis://:se/cret@localhost:6379/0", "redis://[::1", "amqp://h", "h"]
+    "url",
+    [
+        "redis://:secret@localhost:99999/0",
+        "redis://:se/cret@localhost:6379/0",
+        "redis://:p@localhost:6379/secret",
+        "redis://[::1",
+        "amqp://h",
+        "h",
+    ],
 )
 def test_broker_url_that_leads_nowhere_is_refused_without_telling_its_password(url: str) -> None:
     with pytest.raises(ConfigurationError, match="broker_url") as caught:

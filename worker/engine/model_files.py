@@ -46,6 +46,8 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
 
     Raises ConfigurationError when there is no such folder or hub name, or when it lacks what the engine needs.
     """
+    if not model:
+        raise ConfigurationError("engine.model is empty: give the path of a folder, or a name on the model hub")
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -53,6 +55,10 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
                 f"engine.revision={revision!r} is for names on the model hub, but engine.model={model!r} is a local "
                 "folder: leave the revision out"
             )
+    elif folder.is_file():
+        raise ConfigurationError(
+            f"engine.model={model!r} is a file: give the folder with config.json and *.safetensors in it"
+        )
     elif _HUB_NAME.fullmatch(model):
         folder = _download(model, revision)
     else:
@@ -67,7 +73,7 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
 
 def local_folder(model: str, revision: str | None = None) -> Path | None:
     """As `resolve_folder`, and downloads nothing: None for a hub name whose files are not here."""
-    if Path(model).expanduser().is_dir() or not _HUB_NAME.fullmatch(model):
+    if Path(model).expanduser().exists() or not _HUB_NAME.fullmatch(model):
         return resolve_folder(model, revision)
     from huggingface_hub import try_to_load_from_cache
 
