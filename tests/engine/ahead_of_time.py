@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HOPPER = GPUTarget("cuda", 90, 32)
 #: What a program may have of a multiprocessor's shared memory on sm_90, and what all of them may have together.
@@ -63,6 +64,9 @@ def _compile(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
         value = values[name]
         if name in constants or value is None or (isinstance(value, int) and value == 1 and name not in general):
             signature[name], constexprs[(i,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            element = _TYPES[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{element}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(i,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):

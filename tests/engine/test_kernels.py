@@ -223,3 +223,23 @@ def test_triton_is_left_alone_where_it_could_not_compile(
     found = compiler_obstacle()
 
     assert found is None if expected is None else expected in str(found)
+
+
+def test_products_compile_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.engine.ahead_of_time import SHARED_BYTES, compiled
+    from worker.engine.kernels import product as products
+    from worker.engine.kernels.product import gate, product
+
+    monkeypatch.setattr(products, "_num_multiprocessors", lambda device: 132)
+    x, weight = torch.zeros(2048, 1024, dtype=torch.bfloat16), torch.zeros(6144, 1024, dtype=torch.bfloat16)
+    with compiled() as found:
+        for activation in (None, "silu", "gelu_tanh"):
+            product(x, weight, activation)
+            gate(torch.zeros(3, 6144, dtype=torch.bfloat16), activation or "silu")
+
+    for kernel in found:
+        assert kernel.spilled_bytes == 0
+        if kernel.kernel == "_multiply":
+            assert kernel.shared_bytes <= SHARED_BYTES
+            assert "wgmma.mma_async.sync.aligned.m64n256k16" in kernel.ptx
+            assert "cp.async.bulk.tensor" in kernel.ptx

@@ -15,6 +15,7 @@ from worker.engine.attention import AttentionTerms
 from worker.engine.checkpoint import read_config, read_model
 from worker.engine.dtypes import choose_dtype
 from worker.engine.fusing import fuse_linears
+from worker.engine.gating import gate_layers, gating_obstacle
 from worker.engine.kv_cache import LayerShape
 from worker.engine.memory import check_memory
 from worker.engine.probe import probe_packed, probe_padded, scoring_obstacle
@@ -91,6 +92,9 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
     max_model_len = model_len_limit(config, settings)
     layout, layers = _choose_layout(model, config, settings, max_model_len)
     if layout == "packed" and settings.fuse_weights:
+        weight = model.get_input_embeddings().weight
+        if gating_obstacle(weight.device, weight.dtype) is None:
+            gate_layers(model, config)
         fuse_linears(model, config)
     weight = model.get_input_embeddings().weight
     loaded = LoadedModel(

@@ -11,8 +11,9 @@ from worker.engine.kernels.obstacle import triton_obstacle
 from worker.engine.loader import LoadedModel
 from worker.engine.runner import Runner
 
-#: Tokens of the prompt that is rehearsed, and rows of the smaller decode step.
-_TOKENS, _FEW_ROWS = 16, 2
+#: Tokens of the prompt that is rehearsed, for which every kernel is launched as for many; and rows of the smaller of
+#: two decode steps.
+_TOKENS, _FEW_ROWS = 4096, 2
 
 
 def rehearse(loaded: LoadedModel, backend: AttentionBackend, max_num_seqs: int) -> list[Launch]:
@@ -26,9 +27,9 @@ def rehearse(loaded: LoadedModel, backend: AttentionBackend, max_num_seqs: int) 
     with noted() as launches:
         runner.decode.rehearse(_FEW_ROWS)
         runner.decode.rehearse()
-        num_tokens = min(_TOKENS, backend.block_size - 1, loaded.max_model_len - 1)
+        num_tokens = min(_TOKENS, loaded.max_model_len - 1)
         is_scored = loaded.scoring_obstacle is None and num_tokens > 1
-        blocks = BlockManager(1, backend.block_size)
+        blocks = BlockManager(num_tokens // backend.block_size + 1, backend.block_size)  # the runner's cache has fewer
         scheduler = Scheduler(blocks, max_num_seqs=1, max_batch_tokens=num_tokens, max_model_len=num_tokens + 1)
         prompt = np.zeros(num_tokens, dtype=np.int32)
         scheduler.add(Sequence(0, prompt, max_tokens=1, score_from=1 if is_scored else None, num_top=int(is_scored)))

@@ -1,11 +1,16 @@
 """The twins: what each kernel computes, in plain torch and in the inputs' own precision. Tests hold kernels to them.
 
 Letters: D rows, H query heads, G key/value heads, E head size, N blocks, B block size, M blocks per table, T tokens,
-C scored positions, V vocabulary, K best tokens of each.
+C scored positions, V vocabulary, K best tokens of each, O outputs of a gated layer.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+#: Outputs of a gate, before as many of what it is multiplied with, and so on.
+GATE_BLOCK = 128
 
 
 def plain_decode(
@@ -95,3 +100,9 @@ def _best_tokens(logits: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
     values = logits.gather(1, ids.clamp(max=vocab_size - 1).long()).masked_fill(ids == vocab_size, -torch.inf)
     order = values.sort(dim=-1, descending=True, stable=True).indices[:, :num_top]
     return ids.gather(1, order), values.gather(1, order)
+
+
+def plain_gate(both: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """both (T, 2 O), alternating by GATE_BLOCK between gate and other half -> activation(gate) * other, (T, O)."""
+    gate, other = both.view(len(both), -1, 2, GATE_BLOCK).unbind(2)
+    return (activation(gate) * other).flatten(1)

@@ -1,0 +1,89 @@
+"""Gated layers: found by running the model, and as good as what they stand for."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from protocol.settings import EngineSettings
+from tests.engine.families import FAMILIES
+from worker.engine import attention
+from worker.engine.gating import GatedLayer, gate_layers, gating_obstacle
+from worker.engine.kernels.plain import GATE_BLOCK
+from worker.engine.loader import adopt
+from worker.engine.probe import WholeStep
+
+UNFUSED = EngineSettings(device="cpu", dtype="float32", fuse_weights=False)
+
+
+@torch.inference_mode()
+def logits_of(model: Any) -> Tensor:
+    with attention.running(WholeStep()):
+        logits: Tensor = model(input_ids=torch.arange(40).unsqueeze(0), use_cache=False).logits
+    return logits
+
+
+def build(family: str, intermediate_size: int = 2 * GATE_BLOCK) -> Any:
+    fields = {**FAMILIES[family].fields, "intermediate_size": intermediate_size}
+    return adopt(dataclasses.replace(FAMILIES[family], fields=fields).build(), UNFUSED).model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])  # the third has another activation,
+def test_gated_layers_give_the_same_logits(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = build(family)  # the last has gate and other half in one linear
+    expected, num_parameters = logits_of(model), sum(p.numel() for p in model.parameters())
+
+    with caplog.at_level(logging.INFO, logger="millrace.engine"):
+        assert gate_layers(model, model.config) == 2
+
+    assert sum(isinstance(module, GatedLayer) for module in model.modules()) == 2
+    assert torch.allclose(logits_of(model), expected, atol=1e-5)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters
+    assert "weights gated: " in caplog.text
+
+
+@pytest.mark.parametrize(("family", "intermediate_size"), [("gpt2", 256), ("llama", GATE_BLOCK + 8)])
+def test_what_is_not_gated_or_does_not_fit_the_kernel_stays(family: str, intermediate_size: int) -> None:
+    model = build(family, intermediate_size)
+    expected = logits_of(model)
+
+    assert gate_layers(model, model.config) == 0
+
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_a_module_that_does_more_stays_as_it_was() -> None:
+    model = build("llama")
+    mlp = type(model.model.layers[0].mlp)
+
+    class Leaky(mlp):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = super().forward(x)
+            return output + 0.1 * x[..., : output.shape[-1]]
+
+    model.model.layers[1].mlp.__class__ = Leaky
+    expected = logits_of(model)
+
+    assert gate_layers(model, model.config) == 1
+
+    assert torch.allclose(logits_of(model), expected, atol=1e-5)
+    assert isinstance(model.model.layers[1].mlp.up_proj, nn.Linear)
+
+
+def test_only_the_gpu_that_the_kernel_is_for_has_gated_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from worker.engine import gating
+
+    assert gating_obstacle(torch.device("cpu"), torch.bfloat16) is not None
+    monkeypatch.setattr(gating, "triton_obstacle", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    for capability, dtype, is_gated in (
+        ((9, 0), torch.bfloat16, True),
+        ((9, 0), torch.float32, False),
+        ((8, 0), torch.float16, False),
+        ((10, 0), torch.float16, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert (gating_obstacle(torch.device("cuda"), dtype) is None) == is_gated
