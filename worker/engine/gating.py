@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 #: Tokens from which one kernel for product and activation is faster than two.
-_LEAST_TOKENS = 1024
+LEAST_TOKENS = 1024
 
 
 class GatedLayer(nn.Module):
@@ -122,7 +122,7 @@ def _gated(x: Tensor, weight: Tensor, activation: str) -> Tensor:
         return result.view(*x.shape[:-1], -1)
     from worker.engine.kernels.product import gate, product
 
-    if len(rows) < _LEAST_TOKENS:
+    if len(rows) < LEAST_TOKENS:
         result = gate(F.linear(rows, weight), activation)
     else:
         rows = rows.contiguous()
