@@ -12,7 +12,6 @@ import numpy.typing as npt
 from batching.scheduler import StepPlan
 
 Int64s = npt.NDArray[np.int64]
-Int32s = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +20,6 @@ class PackedLayout:
     rows: Int64s  # (S,)
     query_lens: Int64s  # (S,) tokens of this step
     kv_lens: Int64s  # (S,) tokens to attend to, this step's included
-    cu_query_lens: Int32s  # (S + 1,)
-    cu_kv_lens: Int32s  # (S + 1,)
     positions: Int64s  # (T,)
     prefill_rows: Int64s  # (P,)
     prefill_token_ids: Int64s  # (P,) decode tokens are on the device
@@ -40,9 +37,9 @@ def pack(plan: StepPlan) -> PackedLayout:
     starts = np.array(plan.starts, dtype=np.int64)
     query_lens = np.array(plan.num_tokens, dtype=np.int64)
     kv_lens = starts + query_lens
-    cu_query_lens = _cumulative(query_lens)
-    first = cu_query_lens[:-1].astype(np.int64)
-    positions = np.arange(cu_query_lens[-1], dtype=np.int64) + np.repeat(starts - first, query_lens)
+    ends = np.cumsum(query_lens)  # (S,)
+    first = ends - query_lens
+    positions = np.arange(ends[-1], dtype=np.int64) + np.repeat(starts - first, query_lens)
     sampled = np.array(plan.sampled, dtype=np.int64)
     scored, targets = _scored(plan, first)
     duplicated, duplicate_blocks = _duplicated(plan, first)
@@ -57,12 +54,10 @@ def pack(plan: StepPlan) -> PackedLayout:
         rows=rows,
         query_lens=query_lens,
         kv_lens=kv_lens,
-        cu_query_lens=cu_query_lens,
-        cu_kv_lens=_cumulative(kv_lens),
         positions=positions,
         prefill_rows=np.repeat(rows[num_decode:], query_lens[num_decode:]),
         prefill_token_ids=np.concatenate(pieces, dtype=np.int64) if pieces else np.empty(0, dtype=np.int64),
-        sampled=cu_query_lens[1:][sampled].astype(np.int64) - 1,
+        sampled=ends[sampled] - 1,
         sampled_rows=rows[sampled],
         scored=scored,
         score_targets=targets,
@@ -85,7 +80,3 @@ def _duplicated(plan: StepPlan, first: Int64s) -> tuple[Int64s, Int64s]:
     places = [np.arange(a, b) - plan.starts[segment] + first[segment] for segment, a, b, _ in plan.duplicates]
     blocks = [np.full(b - a, block) for _, a, b, block in plan.duplicates]
     return np.concatenate(places, dtype=np.int64), np.concatenate(blocks, dtype=np.int64)
-
-
-def _cumulative(lens: Int64s) -> Int32s:
-    return np.concatenate(([0], np.cumsum(lens)), dtype=np.int32, casting="same_kind")

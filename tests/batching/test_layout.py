@@ -28,8 +28,6 @@ def test_packed_layout_puts_decode_rows_first_and_prompts_behind() -> None:
     assert layout.rows.tolist() == [4, 0, 7]
     assert layout.query_lens.tolist() == [1, 4, 2]
     assert layout.kv_lens.tolist() == [4, 5, 2]
-    assert layout.cu_query_lens.tolist() == [0, 1, 5, 7]
-    assert layout.cu_kv_lens.tolist() == [0, 4, 9, 11]
     assert layout.positions.tolist() == [3, 1, 2, 3, 4, 0, 1]
     assert layout.prefill_rows.tolist() == [0, 0, 0, 0, 7, 7]
     assert layout.prefill_token_ids.tolist() == [21, 22, 23, 24, 30, 31]

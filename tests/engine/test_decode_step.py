@@ -31,12 +31,12 @@ class _Blind(SDPABackend):
 
     is_capturable = True
 
-    def attend(
+    def decode(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
         if step.decode_kv_lens is None:
             object.__setattr__(step, "decode_kv_lens", step.decode_lens.numpy().astype("int64"))
-        return super().attend(query, k_cache, v_cache, step, terms)
+        return super().decode(query, k_cache, v_cache, step, terms)
 
 
 @dataclass
@@ -110,7 +110,7 @@ class _Checking(_Blind):
     def __init__(self) -> None:
         self.num_saved = {True: 0, False: 0}
 
-    def attend(
+    def decode(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
         if step.prefixes is not None:
@@ -126,7 +126,7 @@ class _Checking(_Blind):
                 self.num_saved[len(step.query_lens) == 0] += max(len(members) - 1, 0) * num_tokens
             assert starts.tolist() == step.prefixes.starts.tolist()
             assert len(starts) == step.num_decode
-        return super().attend(query, k_cache, v_cache, step, terms)
+        return super().decode(query, k_cache, v_cache, step, terms)
 
 
 def test_rows_that_begin_alike_are_told_to_a_backend_that_can_share(

@@ -26,9 +26,7 @@ def make_step(num_kv_heads: int) -> AttentionStep:
         table[: len(row)] = row
     lens, none = torch.tensor(LENS, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
     no_lens = np.empty(0, dtype=np.int64)
-    return AttentionStep(
-        cache, SDPABackend(), len(LENS), none, tables, lens, none, none, none, np.array(LENS), no_lens, no_lens
-    )
+    return AttentionStep(cache, SDPABackend(), len(LENS), none, tables, lens, none, np.array(LENS), no_lens, no_lens)
 
 
 @pytest.mark.parametrize("max_entries", [1 << 22, 300, 1])
@@ -47,9 +45,9 @@ def test_sparse_decode_equals_gathered_decode(
     query = torch.randn(len(LENS), num_heads, 32, generator=torch.Generator().manual_seed(2))
     (keys, values), terms = step.cache._layers[0], AttentionTerms(0.3, window, softcap)
 
-    output = SparseBackend().attend(query, keys, values, step, terms)
+    output = SparseBackend().decode(query, keys, values, step, terms)
 
-    expected = SDPABackend().attend(query, keys, values, step, terms)
+    expected = SDPABackend().decode(query, keys, values, step, terms)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -58,7 +56,7 @@ def test_scores_too_large_for_an_exponential_leave_the_largest() -> None:
     keys, values = step.cache._layers[0]
     query = torch.full((len(LENS), 2, 32), 1e4)
 
-    output = SparseBackend().attend(query, keys, values, step, AttentionTerms(1.0))
+    output = SparseBackend().decode(query, keys, values, step, AttentionTerms(1.0))
 
-    torch.testing.assert_close(output, SDPABackend().attend(query, keys, values, step, AttentionTerms(1.0)))
+    torch.testing.assert_close(output, SDPABackend().decode(query, keys, values, step, AttentionTerms(1.0)))
     assert output.isfinite().all()

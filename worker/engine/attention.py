@@ -4,8 +4,8 @@ A step's context is not handed through the model's forward: `running` names it, 
 through one custom operator. What the model itself asks of its attention (scale, window, softcap) is honoured; anything
 else it hands over is refused: an ignored term would be a wrong answer.
 
-Letters: T tokens of the step, D decode rows, S prefill pieces, H query heads, G key/value heads, E head size,
-N blocks, B block size, M blocks per table.
+Letters: T tokens of the step, D decode rows, S prefill pieces, P their tokens, H query heads, G key/value heads, E head
+size, N blocks, B block size, M blocks per table.
 """
 
 import importlib
@@ -74,10 +74,17 @@ class AttentionBackend(Protocol):
     #: Decode reads once what several rows begin with, given the step's `prefixes`.
     shares_prefixes: bool
 
-    def attend(
+    # Either takes the step's own K and V from the caches, (N, B, G, E) each: they are there already.
+
+    def decode(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: "AttentionStep", terms: AttentionTerms
     ) -> Tensor:
-        """query (T, H, E), caches (N, B, G, E), result (T, H, E). The step's own K and V are in the caches already."""
+        """query (D, H, E) of the decode rows, of which there are some; result (D, H, E)."""
+
+    def attend_pieces(
+        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: "AttentionStep", terms: AttentionTerms
+    ) -> Tensor:
+        """query (P, H, E) of the prefill pieces, of which there are some; result (P, H, E)."""
 
 
 class Step(Protocol):
@@ -98,9 +105,7 @@ class AttentionStep:
     decode_tables: Tensor  # (D, M) int32
     decode_lens: Tensor  # (D,) int32, this step's token included
     prefill_tables: Tensor  # (S, M) int32
-    cu_query_lens: Tensor  # (S + 1,) int32
-    cu_kv_lens: Tensor  # (S + 1,) int32
-    # The same lengths on the host, so that no backend has to ask the device.
+    # Lengths on the host, so that no backend has to ask the device.
     decode_kv_lens: npt.NDArray[np.int64] | None  # (D,); None in a step that is captured
     query_lens: npt.NDArray[np.int64]  # (S,)
     kv_lens: npt.NDArray[np.int64]  # (S,)
@@ -114,7 +119,12 @@ class AttentionStep:
         if self.duplicates is not None:
             tokens, slots = self.duplicates
             self.cache.write(layer, slots, key.index_select(0, tokens), value.index_select(0, tokens))
-        return self.backend.attend(query, k_cache, v_cache, self, terms)
+        parts: list[Tensor] = []
+        if self.num_decode:
+            parts.append(self.backend.decode(query[: self.num_decode], k_cache, v_cache, self, terms))
+        if len(self.query_lens):
+            parts.append(self.backend.attend_pieces(query[self.num_decode :], k_cache, v_cache, self, terms))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 _running: Step | None = None

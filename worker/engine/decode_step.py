@@ -96,8 +96,7 @@ class DecodeStep:
         self._last_tiles: PrefixTiles | None = None
         self._pool = graphs
         self._captured: dict[bool, dict[int, _Captured]] = {False: {}, True: {}}  # by size, the smallest first
-        no_rows = torch.zeros(1, dtype=torch.int32, device=loaded.device)
-        self._no_prefill = (torch.zeros(0, state.max_blocks, dtype=torch.int32, device=loaded.device), no_rows, no_rows)
+        self._no_prefill = torch.zeros(0, state.max_blocks, dtype=torch.int32, device=loaded.device)
 
     @property
     def is_captured(self) -> bool:
@@ -193,7 +192,6 @@ class DecodeStep:
         positions = state.length[rows]  # (D,)
         tables = state.block_table[rows]  # (D, M)
         blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
-        prefill_tables, cu_query_lens, cu_kv_lens = self._no_prefill
         none = np.empty(0, dtype=np.int64)
         shared, num_tiles = self._prefixes, max(num_rows // 2, 1)
         prefixes = PrefixGroups(shared.members[:num_tiles], shared.lens[:num_tiles], shared.starts[:num_rows])
@@ -204,9 +202,7 @@ class DecodeStep:
             slots=blocks * block_size + positions % block_size,
             decode_tables=tables,
             decode_lens=(positions + 1).int(),
-            prefill_tables=prefill_tables,
-            cu_query_lens=cu_query_lens,
-            cu_kv_lens=cu_kv_lens,
+            prefill_tables=self._no_prefill,
             decode_kv_lens=host_lens,
             query_lens=none,
             kv_lens=none,

@@ -199,8 +199,6 @@ class Runner:
             "prefill_token_ids": layout.prefill_token_ids,
             "prefill_rows": layout.prefill_rows,
             "prefill_positions": layout.positions[num_decode:],
-            "cu_query_lens": (layout.cu_query_lens[num_decode:] - num_decode).astype(np.int64),
-            "cu_kv_lens": (layout.cu_kv_lens[num_decode:] - layout.cu_kv_lens[num_decode]).astype(np.int64),
             "sampled": layout.sampled,
             "sampled_rows": layout.sampled_rows,
         }
@@ -254,8 +252,6 @@ class Runner:
             decode_tables=tables[:num_decode],
             decode_lens=(positions[:num_decode] + 1).int(),
             prefill_tables=tables[num_decode:],
-            cu_query_lens=sent["cu_query_lens"].int(),
-            cu_kv_lens=sent["cu_kv_lens"].int(),
             decode_kv_lens=layout.kv_lens[:num_decode],
             query_lens=layout.query_lens[num_decode:],
             kv_lens=layout.kv_lens[num_decode:],

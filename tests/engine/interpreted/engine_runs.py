@@ -33,14 +33,14 @@ def test_text_of_the_triton_backend_equals_transformers(
     monkeypatch.setattr(shared_prefixes, "_MIN_SAVED_TOKENS", 1)
     monkeypatch.setattr(shared_prefixes, "_MIN_SAVED_SHARE", 0)
     num_grouped: list[int] = []
-    own_attend = TritonBackend.attend
+    own_decode = TritonBackend.decode
 
-    def attend(self: Any, query: Any, k_cache: Any, v_cache: Any, step: Any, terms: Any) -> Any:
+    def decode(self: Any, query: Any, k_cache: Any, v_cache: Any, step: Any, terms: Any) -> Any:
         if step.prefixes is not None:
             num_grouped.append(int((step.prefixes.starts > 0).sum()))
-        return own_attend(self, query, k_cache, v_cache, step, terms)
+        return own_decode(self, query, k_cache, v_cache, step, terms)
 
-    monkeypatch.setattr(TritonBackend, "attend", attend)
+    monkeypatch.setattr(TritonBackend, "decode", decode)
     engine = Engine.start(settings_for(tmp_path, lookahead=1))
 
     run = drive(engine, [new_sequence(i, prompt, 4) for i, prompt in enumerate(prompts)], wave=7)

@@ -23,21 +23,9 @@ class SDPABackend:
     is_capturable = False  # it gathers by lengths that it knows
     shares_prefixes = False
 
-    def attend(
+    def attend_pieces(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
-        num_decode = step.num_decode
-        parts = []
-        if num_decode:
-            parts.append(self._decode(query[:num_decode], k_cache, v_cache, step, terms))
-        if len(step.query_lens):
-            parts.append(self._attend_pieces(query[num_decode:], k_cache, v_cache, step, terms))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _attend_pieces(
-        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
-    ) -> Tensor:
-        """query (P, H, E) of the prefill pieces alone."""
         parts, start = [], 0
         for i, (num_query, num_kv) in enumerate(zip(step.query_lens.tolist(), step.kv_lens.tolist(), strict=True)):
             keys, values = (_gather(cache, step.prefill_tables[i : i + 1], num_kv) for cache in (k_cache, v_cache))
@@ -45,7 +33,7 @@ class SDPABackend:
             start += num_query
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decode(
+    def decode(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
         lens = step.decode_kv_lens

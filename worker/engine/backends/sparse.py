@@ -45,7 +45,7 @@ class SparseBackend(SDPABackend):
             warnings.simplefilter("ignore")
             torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
 
-    def _decode(
+    def decode(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
         num_heads, num_kv_heads = query.shape[1], k_cache.shape[2]

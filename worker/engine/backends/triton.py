@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from worker.engine.attention import AttentionStep, AttentionTerms
+from worker.engine.kernels import paged_decode
 from worker.engine.kernels.decode_plan import DecodePlan, plan_decode
 from worker.engine.kernels.decode_variant import choose_variant
-from worker.engine.kernels.paged_decode import decode
 from worker.engine.kernels.paged_prefill import plan_prefill, prefill
 from worker.engine.kernels.prefix_groups import PrefixGroups
 
@@ -26,18 +26,7 @@ class TritonBackend:
     is_capturable = True
     shares_prefixes = True
 
-    def attend(
-        self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
-    ) -> Tensor:
-        num_decode = step.num_decode
-        parts: list[Tensor] = []
-        if num_decode:
-            parts.append(self._decode(query[:num_decode], k_cache, v_cache, step, terms))
-        if len(step.query_lens):
-            parts.append(self._attend_pieces(query[num_decode:], k_cache, v_cache, step, terms))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _decode(
+    def decode(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
         head_dim, block_size, num_kv_heads = query.shape[2], *k_cache.shape[1:3]
@@ -58,7 +47,7 @@ class TritonBackend:
                 )
                 step.plans[key] = groups, plan
             groups, plan = step.plans[key]
-            prefix = decode(query, k_cache, v_cache, plan, groups=groups, **options)
+            prefix = paged_decode.decode(query, k_cache, v_cache, plan, groups=groups, **options)
         key = "decode", num_kv_heads, num_shared, head_dim, terms.window
         if key not in step.plans:
             variant = choose_variant(num_shared, head_dim)
@@ -67,12 +56,11 @@ class TritonBackend:
                 tables, lens, block_size, num_kv_heads, variant, starts=starts, window=terms.window
             )
         own_plan: DecodePlan = step.plans[key]
-        return decode(query, k_cache, v_cache, own_plan, prefix=prefix, **options)[0]
+        return paged_decode.decode(query, k_cache, v_cache, own_plan, prefix=prefix, **options)[0]
 
-    def _attend_pieces(
+    def attend_pieces(
         self, query: Tensor, k_cache: Tensor, v_cache: Tensor, step: AttentionStep, terms: AttentionTerms
     ) -> Tensor:
-        """query (P, H, E) of the prefill pieces alone."""
         num_shared, head_dim = query.shape[1] // k_cache.shape[2], query.shape[2]
         key = "prefill", num_shared, head_dim
         if key not in step.plans:
