@@ -57,6 +57,7 @@ def test_what_an_engine_launches_is_built_before(
 
     assert {launch.kernel for launch in launches} >= {
         "_write", "_list_tiles", "_attend_tiles", "_attend_pieces", "_race_pieces", "_race_limited", "_score",
+        "_find_best",
     }  # fmt: skip
     monkeypatch.setattr(building, "_BUILDER", "tests.engine.pretended_gpu")
     with caplog.at_level(logging.INFO, logger="millrace.engine"):

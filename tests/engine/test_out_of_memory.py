@@ -41,7 +41,7 @@ def test_a_step_that_is_too_large_is_halved_and_everybody_gets_the_same_tokens(
             if where == "launch":
                 fail()
             launch(plan)
-            return cast("StepHandle", SimpleNamespace(wait=fail, is_captured=False, num_padding=0))
+            return cast("StepHandle", SimpleNamespace(wait=fail, done=None, is_captured=False, num_padding=0))
         sizes.append(plan.num_scheduled_tokens)
         return launch(plan)
 
