@@ -127,10 +127,10 @@ class PaddedScheduler:
             del seq.output_ids[num_kept:]
             self._finish(seq)
 
-    def raise_priority(self, seq_id: int, priority: int) -> None:
-        """Somebody more urgent waits for this one too; one that is unknown, or as urgent already, stays as it is."""
+    def change_priority(self, seq_id: int, priority: int) -> None:
+        """Somebody more urgent waits for this one too, or does no longer; an unknown one is ignored."""
         seq = self._alive.get(seq_id)
-        if seq is None or seq.priority <= priority:
+        if seq is None or seq.priority == priority:
             return
         is_waiting = seq.state is SequenceState.WAITING
         if is_waiting:

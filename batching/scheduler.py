@@ -190,10 +190,10 @@ class Scheduler:
             del seq.output_ids[num_kept:]
             self._finish(seq)
 
-    def raise_priority(self, seq_id: int, priority: int) -> None:
-        """Somebody more urgent waits for this one too; one that is unknown, or as urgent already, stays as it is."""
+    def change_priority(self, seq_id: int, priority: int) -> None:
+        """Somebody more urgent waits for this one too, or does no longer; an unknown one is ignored."""
         seq = self._alive.get(seq_id)
-        if seq is None or seq.priority <= priority:
+        if seq is None or seq.priority == priority:
             return
         leader = seq.shared_prompt.leader if seq.shared_prompt is not None else None
         self._fair_share.move(seq, priority)
@@ -201,8 +201,8 @@ class Scheduler:
             self._preemptible.push(seq)
         elif leader is None or leader is seq:
             self._waiting.push(seq)
-        else:
-            self.raise_priority(leader.seq_id, priority)  # it waits for that one's prompt
+        elif leader.priority > priority:
+            self.change_priority(leader.seq_id, priority)  # it waits for that one's prompt
 
     def schedule(self) -> StepPlan | None:
         """The next step, counted as launched; None when there is nothing that can run now."""

@@ -29,8 +29,8 @@ class UrgencyQueue:
         return len(self._heap)
 
     def push(self, seq: Sequence) -> None:
-        """The caller pushes no Sequence that is in the queue with this urgency; its arrival number is its own, so keys
-        never tie."""
+        """Its arrival number is its own, so keys never tie but with its own: one that comes back to an urgency that it
+        had is in here twice, until it leaves."""
         heapq.heappush(self._heap, (*self._key(seq), seq))
         if len(self._heap) >= self._sweep_at:
             self._heap = [entry for entry in self._heap if self._is_current(entry)]

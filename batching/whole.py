@@ -69,10 +69,10 @@ class WholeScheduler:
             self._waiting.remove(seq)
             self._end(seq)
 
-    def raise_priority(self, seq_id: int, priority: int) -> None:
-        """Somebody more urgent waits for this one too; one that runs, or is as urgent already, stays as it is."""
+    def change_priority(self, seq_id: int, priority: int) -> None:
+        """Somebody more urgent waits for this one too, or does no longer; one that runs stays as it is."""
         seq = self._alive.get(seq_id)
-        if seq is not None and seq.state is SequenceState.WAITING and seq.priority > priority:
+        if seq is not None and seq.state is SequenceState.WAITING and seq.priority != priority:
             self._waiting.remove(seq)
             self._fair_share.move(seq, priority)
             self._waiting.add(seq)

@@ -62,8 +62,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Intake(msgspec.Struct, frozen=True, array_like=True, tag="intake"):
-    """To the engine: Sequences to add, Sequences to finish with the number of output tokens to keep, and Sequences that
-    somebody more urgent waits for too, with that priority.
+    """To the engine: Sequences to add, Sequences to finish with the number of output tokens to keep, and Sequences
+    whose most urgent waiter is another now, with that one's priority.
 
     `finish(seq_id, 0)` is a cancel; a Sequence the engine no longer has, or has not yet, is ignored.
     """

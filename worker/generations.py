@@ -66,7 +66,7 @@ class Generation(msgspec.Struct, eq=False):
     score: ScoreParts | None = None  # of the prompt, when asked for
     pooled: bytes | None = None  # as in StepFrame, from an engine that embeds or classifies
     engine: int = 0  # its number
-    priority: int = 0  # as in NewSequence, of the most urgent who has asked
+    priority: int = 0  # as in NewSequence, of the most urgent who waits
 
     @property
     def num_tokens(self) -> int:
@@ -237,12 +237,22 @@ class Generations:
         generation.waiters.append(piece)
         if piece.deadline is not None:
             self._first_deadline = min(self._first_deadline, piece.deadline)
-        if (priority := piece.owner.priority) < generation.priority:
-            self._count_live(generation, -1)
-            generation.priority = priority
-            self._count_live(generation, 1)
+        if piece.owner.priority < generation.priority:
+            self._rank([generation])
+
+    def _rank(self, generations: Iterable[Generation]) -> None:
+        """Each is as urgent as the most urgent who waits for it."""
+        by_engine: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for generation in generations:
+            priority = min(piece.owner.priority for piece in generation.waiters)
+            if priority != generation.priority:
+                self._count_live(generation, -1)
+                generation.priority = priority
+                self._count_live(generation, 1)
+                by_engine[generation.engine].append((generation.seq_id, priority))
+        for engine, urge in by_engine.items():
             # Ignored where the engine has not been told of it yet.
-            self._send(generation.engine, Intake(urge=[(generation.seq_id, priority)]))
+            self._send(engine, Intake(urge=urge))
 
     def _count_live(self, generation: Generation, sign: int) -> None:
         self._num_live[generation.priority] += sign
@@ -382,12 +392,9 @@ class Generations:
         with self._lock:
             for owner in owners:
                 owner.abandon()
-            cancelled = []
             for generation in self._live.values():
                 generation.waiters = [waiter for waiter in generation.waiters if not waiter.owner.is_abandoned]
-                if not generation.waiters:
-                    cancelled.append(generation)
-            self._cancel(cancelled)
+            self._let_go()
 
     @property
     def first_deadline(self) -> float:
@@ -401,17 +408,19 @@ class Generations:
             if now < self._first_deadline:
                 return expired
             self._first_deadline = math.inf
-            cancelled = []
             for generation in self._live.values():
                 deadlines = [math.inf if piece.deadline is None else piece.deadline for piece in generation.waiters]
                 waiters = list(zip(generation.waiters, deadlines, strict=True))
                 expired += [piece for piece, deadline in waiters if deadline <= now]
                 generation.waiters = [piece for piece, deadline in waiters if deadline > now]
-                if not generation.waiters:
-                    cancelled.append(generation)
                 self._first_deadline = min([self._first_deadline, *(at for at in deadlines if at > now)])
-            self._cancel(cancelled)
+            self._let_go()
         return expired
+
+    def _let_go(self) -> None:
+        """Some wait no longer: what nobody waits for is cancelled, what others wait for is as urgent as they are."""
+        self._cancel([generation for generation in self._live.values() if not generation.waiters])
+        self._rank(self._live.values())
 
     def _cancel(self, generations: list[Generation]) -> None:
         """The engine frees their blocks before its next step."""

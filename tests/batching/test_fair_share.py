@@ -139,9 +139,8 @@ def test_what_a_call_has_in_common_with_bulk_starts_within_two_steps(lookahead: 
     # The last of a Request's samples, whose prompt is the first one's to compute.
     wanted = 299
     assert wanted not in loop.admitted
-    loop.scheduler.raise_priority(wanted, 0)
-    loop.scheduler.raise_priority(wanted, 2)  # never less urgent again
-    loop.scheduler.raise_priority(1000, 0)
+    for seq_id in (wanted, 1000):
+        loop.scheduler.change_priority(seq_id, 0)
     loop.step()
     loop.step()
 
@@ -162,13 +161,35 @@ def test_a_running_one_that_a_call_waits_for_is_not_preempted_for_its_old_class(
     loop.add(0, Arrival([1, 2, 3], 4, priority=1))
     loop.add(1, Arrival([4, 5, 6], 12, priority=2))
     loop.step()
-    loop.scheduler.raise_priority(1, 0)
+    loop.scheduler.change_priority(1, 0)
     loop.add(2, Arrival([7, 8, 9], 12, priority=0))
     loop.run()
 
     assert loop.admitted.count(1) == 1
     assert loop.outputs[1] == sequential([4, 5, 6], 12)
     assert loop.outputs[0] == sequential([1, 2, 3], 4)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_what_a_call_no_longer_waits_for_gives_way_again(lookahead: int) -> None:
+    loop = Loop(Limits(num_blocks=8, block_size=4, max_num_seqs=2, max_batch_tokens=8, lookahead=lookahead))
+    for seq_id in range(4):
+        loop.add(seq_id, Arrival([seq_id, 1, 2], 12, priority=2, job=str(seq_id)))
+    loop.step()
+    running, waiting = 1, 3
+    assert loop.scheduler.num_running == 2
+    for seq_id in (running, waiting):
+        for priority in (0, 2, 0, 2):
+            loop.scheduler.change_priority(seq_id, priority)
+    loop.add(4, Arrival([7, 8, 9], 12, priority=0))
+    loop.add(5, Arrival([8, 8, 9], 12, priority=1))
+    loop.run()
+
+    assert loop.admitted.count(running) == 2, "it was preempted for those of more urgent classes"
+    assert loop.admitted.index(5) < loop.admitted.index(waiting)
+    assert next(iter(loop.finished)) == 4
+    prompts = {4: [7, 8, 9], 5: [8, 8, 9], **{i: [i, 1, 2] for i in range(4)}}
+    assert loop.outputs == {seq_id: sequential(prompt, 12) for seq_id, prompt in prompts.items()}
 
 
 def test_a_call_goes_before_a_long_prompt_that_is_being_computed() -> None:

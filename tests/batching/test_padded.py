@@ -127,8 +127,8 @@ def test_one_that_somebody_more_urgent_waits_for_starts_the_next_rectangle() -> 
         rectangles.add(sequence(i, 4, 2, priority=2))
     step(rectangles)
     for i in (0, 3, 77):  # 0 runs
-        rectangles.raise_priority(i, 0)
-    rectangles.raise_priority(3, 1)
+        rectangles.change_priority(i, 0)
+    rectangles.change_priority(3, 1)
 
     assert admissions(rectangles) == [{3}, {1}, {2}]
 
@@ -332,7 +332,7 @@ def test_a_step_without_a_token_is_left_out_when_only_the_padded_rows_are_left()
             st.sampled_from([None, None, 1.0, 2.0]),  # deadline
             st.integers(0, 5) | st.integers(0, 60),  # step
             st.none() | st.integers(0, 60),  # step of its cancel
-            st.none() | st.integers(0, 60),  # step in which somebody urgent wants it too
+            st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2)), max_size=3),  # steps and priorities from then on
         ),
         min_size=1,
         max_size=30,
@@ -343,7 +343,7 @@ def test_a_step_without_a_token_is_left_out_when_only_the_padded_rows_are_left()
     most_cells=st.none() | st.integers(130, 300),
 )
 def test_everything_gets_its_sequential_text_within_the_limits_and_all_room_comes_back(
-    arrivals: list[tuple[int, int, int, float | None, int, int | None, int | None]],
+    arrivals: list[tuple[int, int, int, float | None, int, int | None, list[tuple[int, int]]]],
     max_model_len: int,
     max_batch_tokens: int,
     num_tokens: int,
@@ -360,11 +360,12 @@ def test_everything_gets_its_sequential_text_within_the_limits_and_all_room_come
     ]
     cancelled: set[int] = set()
     for now in range(62):
-        for seq, (_, _, _, _, step, cancel, urge) in zip(sequences, arrivals, strict=True):
+        for seq, (_, _, _, _, step, cancel, urged) in zip(sequences, arrivals, strict=True):
             if step == now:
                 loop.add(seq)
-            if urge == now:
-                loop.scheduler.raise_priority(seq.seq_id, 0)
+            for when, to in urged:
+                if when == now:
+                    loop.scheduler.change_priority(seq.seq_id, to)
             if cancel == now and seq in loop.texts and seq.state is not SequenceState.FINISHED:
                 loop.scheduler.finish(seq.seq_id, 0)
                 cancelled.add(seq.seq_id)

@@ -30,7 +30,7 @@ one_arrival = st.builds(
     num_samples=st.sampled_from([1, 1, 2, 3, 5]),
     priority=st.sampled_from([0, 0, 0, -1, 1]),
     urged=st.just(())
-    | st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.integers(-1, 0)), max_size=2).map(tuple),
+    | st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30), st.integers(-1, 1)), max_size=4).map(tuple),
     deadline=st.sampled_from([None, None, 1.0, 2.0]),
 )
 only_scored = one_arrival.map(lambda a: replace(a, max_tokens=0, score_from=a.score_from or 0))
@@ -74,7 +74,7 @@ def test_every_sequence_gets_its_sequential_text_and_no_block_is_lost(
                 cancelled.add(seq_id)
         for step, seq_id, priority in urged:
             if step == loop.num_steps:
-                loop.scheduler.raise_priority(seq_id, priority)
+                loop.scheduler.change_priority(seq_id, priority)
         loop.step()
         assert loop.num_steps < 5000, "no progress"
 

@@ -69,8 +69,9 @@ def test_one_that_somebody_more_urgent_waits_for_is_in_the_next_step() -> None:
     whole = scheduler(is_padded=False, max_num_seqs=1)
     for seq_id in range(3):
         whole.add(text(seq_id, 10, priority=2))
-    for seq_id in (2, 77):
-        whole.raise_priority(seq_id, 0)
+    for seq_id in (1, 2, 77):
+        whole.change_priority(seq_id, 0)
+    whole.change_priority(1, 2)  # and one that he no longer waits for in its turn
 
     assert [ids(plan) for plan in plans(whole)] == [[2], [0], [1]]
 

@@ -198,6 +198,25 @@ def test_what_somebody_more_urgent_joins_becomes_as_urgent(harness: Harness) -> 
     assert harness.generations.promised(2)[0] == 1
 
 
+def test_what_the_most_urgent_no_longer_waits_for_is_as_urgent_as_the_next(harness: Harness) -> None:
+    bulk, normal, call, late = (RecordingOwner(priority=priority) for priority in (2, 1, -1, 0))
+    harness.generations.add([(harness.piece(b"s", call), [5, 6]), (harness.piece(b"a", bulk), [6])], 100)
+    shared, other = harness.sent[0].add
+    assert harness.generations.join(harness.piece(b"s", bulk)) is True
+    assert harness.generations.join(harness.piece(b"s", normal)) is True
+    assert harness.generations.join(msgspec.structs.replace(harness.piece(b"a", late), deadline=50.0)) is True
+    del harness.sent[:]
+
+    harness.generations.abandon(call)
+    assert harness.sent == [Intake(urge=[(shared.seq_id, 1)])]
+    harness.generations.abandon(normal)
+    assert harness.sent[1:] == [Intake(urge=[(shared.seq_id, 2)])]
+    assert harness.generations.promised(0)[0] == 1
+    assert [piece.owner for piece in harness.generations.expire(60.0)] == [late]
+    assert harness.sent[2:] == [Intake(urge=[(other.seq_id, 2)])]
+    assert (harness.generations.promised(1)[0], harness.generations.promised(2)[0]) == (0, 2)
+
+
 def test_nothing_is_started_for_an_owner_that_gave_up_while_it_was_prepared(harness: Harness) -> None:
     lost = RecordingOwner()
     harness.generations.abandon(lost)

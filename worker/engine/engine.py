@@ -183,8 +183,8 @@ class Engine:
     def finish(self, seq_id: int, num_kept: int) -> None:
         self.scheduler.finish(seq_id, num_kept)
 
-    def raise_priority(self, seq_id: int, priority: int) -> None:
-        self.scheduler.raise_priority(seq_id, priority)
+    def change_priority(self, seq_id: int, priority: int) -> None:
+        self.scheduler.change_priority(seq_id, priority)
 
     def step(self) -> StepFrame | None:
         """Launch what may be launched, then report the oldest step; None when there is nothing left to do."""

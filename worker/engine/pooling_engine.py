@@ -104,8 +104,8 @@ class PoolingEngine:
         """Nobody wants it any more."""
         self.scheduler.cancel(seq_id)
 
-    def raise_priority(self, seq_id: int, priority: int) -> None:
-        self.scheduler.raise_priority(seq_id, priority)
+    def change_priority(self, seq_id: int, priority: int) -> None:
+        self.scheduler.change_priority(seq_id, priority)
 
     def step(self) -> StepFrame | None:
         """Launch what may be launched, then report the oldest step; None when there is nothing left to do."""

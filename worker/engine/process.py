@@ -92,7 +92,7 @@ def _take_in(engine: Engine | PoolingEngine, intake: Intake) -> None:
     for new in intake.add:
         engine.add(new)
     for seq_id, priority in intake.urge:
-        engine.raise_priority(seq_id, priority)
+        engine.change_priority(seq_id, priority)
     for seq_id, num_kept in intake.finish:
         engine.finish(seq_id, num_kept)
 
