@@ -30,9 +30,20 @@ from worker.engine.loader import adopt
 PARTS = {
     "sampler": ("race",),
     "scores": ("_score", "topk"),
-    "attention": ("flash", "decode", "attend", "prefix", "merge", "combine"),
+    # The last two are what a CPU does it with.
+    "attention": (
+        "flash",
+        "decode",
+        "attend",
+        "prefix",
+        "merge",
+        "combine",
+        "sampled_addmm",
+        "embedding_bag",
+        "softmax",
+    ),
     "kv write": ("write_kv", "kv_write", "index_copy"),
-    "gemm": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "gemv"),
+    "gemm": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "gemv", "aten::mm", "aten::addmm"),
     "copies": ("memcpy", "memset"),
 }
 #: The steps profiled.
@@ -80,10 +91,16 @@ def main() -> int:
     settings = EngineSettings(device=arguments.device, attention=arguments.backend, max_model_len=4096)
     loaded = adopt(build_model(arguments.shape, settings), settings)
     engine = Engine(loaded, settings)
+    num_rows, num_out = (0, 0) if arguments.score else (arguments.rows, 8 * NUM_STEPS)
+    if num_rows > engine.scheduler.max_num_seqs or arguments.tokens + num_out > loaded.max_model_len:
+        parser.error(
+            f"at most {engine.scheduler.max_num_seqs} --rows run at once here, with at most "
+            f"{loaded.max_model_len - num_out} --tokens each"
+        )
     if arguments.score:
         fill_scoring(engine, arguments.tokens)
     else:
-        fill(engine, arguments.rows, arguments.tokens, 8 * NUM_STEPS)
+        fill(engine, num_rows, arguments.tokens, num_out)
     figures = profile(engine, arguments.trace) | {"shape": arguments.shape, "backend": engine.attention_name}
     config: Any = loaded.model.config
     num_parameters = sum(p.numel() for p in loaded.model.parameters())
