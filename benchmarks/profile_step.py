@@ -31,17 +31,7 @@ PARTS = {
     "sampler": ("race",),
     "scores": ("_score", "topk"),
     # The last two are what a CPU does it with.
-    "attention": (
-        "flash",
-        "decode",
-        "attend",
-        "prefix",
-        "merge",
-        "combine",
-        "sampled_addmm",
-        "embedding_bag",
-        "softmax",
-    ),
+    "attention": ("flash", "decode", "attend", "prefix", "merge", "combine", "sampled_addmm", "embedding_bag"),
     "kv write": ("write_kv", "kv_write", "index_copy"),
     "gemm": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "gemv", "aten::mm", "aten::addmm"),
     "copies": ("memcpy", "memset"),
