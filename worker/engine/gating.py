@@ -119,15 +119,15 @@ def _gated(x: Tensor, weight: Tensor, activation: str) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if x.device.type == "cpu":
         result = plain_gate(F.linear(rows, weight), ACTIVATIONS[activation])
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], result.shape[-1])
     from worker.engine.kernels.product import gate, product
 
-    if len(rows) < LEAST_TOKENS:
+    if len(rows) < LEAST_TOKENS or x.dtype.itemsize != 2:
         result = gate(F.linear(rows, weight), activation)
     else:
         rows = rows.contiguous()
         result = product(rows if rows.data_ptr() % 16 == 0 else rows.clone(), weight, activation)
-    return result.view(*x.shape[:-1], -1)
+    return result.view(*x.shape[:-1], result.shape[-1])
 
 
 @_gated.register_fake
