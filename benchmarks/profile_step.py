@@ -32,8 +32,8 @@ PARTS = {
     "scores": ("_score", "topk"),
     # The last two are what a CPU does it with.
     "attention": ("flash", "decode", "attend", "prefix", "merge", "combine", "sampled_addmm", "embedding_bag"),
-    "kv write": ("write_kv", "kv_write", "index_copy"),
-    "gemm": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "gemv", "aten::mm", "aten::addmm"),
+    "kv write": ("_write", "index_copy"),
+    "gemm": ("_multiply", "gemm", "nvjet", "cutlass", "xmma", "splitk", "gemv", "aten::mm", "aten::addmm"),
     "copies": ("memcpy", "memset"),
 }
 #: The steps profiled.
@@ -42,6 +42,8 @@ NUM_STEPS = 8
 
 def part_of(kernel: str) -> str:
     name = kernel.lower()
+    if name.startswith("triton_"):  # the compiler's, named after all around them
+        return "small kernels"
     return next((part for part, words in PARTS.items() if any(word in name for word in words)), "small kernels")
 
 
