@@ -122,21 +122,25 @@ def _attention(settings: Settings, device: "torch.device") -> Finding:
 
 
 def check_model(settings: Settings) -> Iterator[Finding]:
-    """The model's files as they lie here, and whether its weights fit. Downloads nothing."""
+    """The model's files as they lie here: whether they can be read, and the weights fit. Downloads nothing."""
     engine = settings.engine
     if find_spec("torch") is None:
         yield warning("model", CLIENT_ONLY, _INSTALL_WORKER)
         return
+    from worker.engine.checkpoint import check_checkpoint
     from worker.engine.dtypes import choose_dtype
     from worker.engine.loader import choose_device
     from worker.engine.memory import available_bytes, check_memory, weight_bytes
     from worker.engine.model_files import local_folder
+    from worker.text import Tokenizer
 
     folder = local_folder(engine.model, engine.revision)
     if folder is None:
         facts = f"{engine.model} is no folder here and is not in the hub's cache"
         yield warning("model", facts, "a worker downloads it at its start if the model hub has it, or fails")
         return
+    check_checkpoint(folder)
+    Tokenizer(folder)
     device = choose_device(engine)
     dtype = choose_dtype(engine, device, folder)
     needed, available = weight_bytes(folder, dtype), available_bytes(device, engine)

@@ -14,6 +14,9 @@ from worker.token_bytes import TokenBytes
 
 logger = logging.getLogger("millrace.worker")
 
+#: Tokens that are no special ones, in the vocabulary of any tokenizer that was read from a file.
+_MIN_WORDS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Oversize:
@@ -32,13 +35,20 @@ class Tokenizer:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"{folder} has no tokenizer that can be loaded: {error}") from error
-        # Without any file of a tokenizer transformers makes one that knows no text at all.
-        if not self._tokenizer("a", add_special_tokens=False)["input_ids"]:
+        except Exception as error:
+            # What comes from tokenizers is of no narrower type.
+            if not isinstance(error, OSError | ValueError) and type(error) is not Exception:
+                raise
+            raise ConfigurationError(
+                f"{folder} has no tokenizer that can be loaded ({error}): copy its files from where the model was "
+                "published"
+            ) from error
+        # Without any file of a tokenizer transformers makes one whose every text is unknown tokens, or none.
+        num_words = len(self._tokenizer.get_vocab().keys() - set(self._tokenizer.all_special_tokens))
+        if num_words < _MIN_WORDS:
             raise ConfigurationError(
                 f"{folder} has no tokenizer that can be loaded: it needs tokenizer.json, or tokenizer.model, or "
-                "vocab.json with merges.txt, as the model was published with"
+                "vocab.json with merges.txt, or vocab.txt, as the model was published with"
             )
         self._backend = _plain_backend(self._tokenizer)
         self.eos_token_id: int | None = self._tokenizer.eos_token_id

@@ -76,24 +76,33 @@ def test_every_line_is_there_when_everything_is_missing(millrace: Invoke) -> Non
     assert result.stderr.startswith("5 failed, ")
 
 
-def test_the_line_on_attention_is_about_the_model_that_is_given(millrace: Invoke, tmp_path: Path) -> None:
-    encoder = tmp_path / "encoder"
+def test_the_lines_on_attention_and_model_are_about_the_model_that_is_given(millrace: Invoke, tmp_path: Path) -> None:
+    encoder, broken = tmp_path / "encoder", tmp_path / "broken"
     encoder.mkdir()
-    (encoder / "config.json").write_text('{"architectures": ["BertModel"]}')
+    (encoder / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}')
     save_file({"embeddings.weight": torch.zeros(2, 2)}, encoder / "model.safetensors")
+    shutil.copytree(MODEL, broken)
 
-    def attention(*arguments: str) -> str:
-        lines = found(millrace("doctor", *arguments, "--json", broker_url=CLOSED, engine_device="cpu"))
-        return f"{lines['model']['state']}: {lines['attention']['facts']}"
+    def said(model: str | Path) -> tuple[str, str, str]:
+        lines = found(millrace("doctor", model, "--json", broker_url=CLOSED, engine_device="cpu"))
+        return lines["attention"]["facts"], lines["model"]["state"], lines["model"]["facts"]
 
-    assert attention(str(encoder)) == "ok: sdpa in float32, to embed"
-    assert attention(MODEL) == "ok: sparse in float32"
-    for unknown in ("nobody/no-such-model", "no-such-folder"):
-        assert attention(unknown) == "warning: sparse in float32, as far as can be said without the model"
-    (encoder / "model.safetensors").unlink()
-    assert attention(str(encoder)).startswith("failed: sparse in float32, as far")
-    line = found(millrace("doctor", "/nowhere", "--json", broker_url=CLOSED))["model"]
-    assert line["facts"].startswith("engine.model='/nowhere': there is no such folder")
+    attention, state, facts = said(encoder)
+    assert (attention, state) == ("sdpa in float32, to embed", "failed")
+    assert facts.startswith(f"{encoder} has no tokenizer that can be loaded")
+    attention, state, facts = said(broken)
+    assert (attention, state) == ("sparse in float32", "ok")
+    unknown = "sparse in float32, as far as can be said without the model"
+    for name in ("nobody/no-such-model", "no-such-folder"):
+        assert said(name)[:2] == (unknown, "warning")
+    attention, state, facts = said("/nowhere")
+    assert (attention, state) == (unknown, "failed")
+    assert facts.startswith("engine.model='/nowhere': there is no such folder")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert said(broken)[2].startswith(f"{weights} is not a complete safetensors file")
+    (broken / "config.json").write_text("{")
+    assert said(broken)[2].endswith("config.json is no JSON object: copy or download the model again")
 
 
 def test_wrong_password_of_redis_is_named_as_such(millrace: Invoke, redis_url: str) -> None:

@@ -37,6 +37,13 @@ def read_config(folder: Path, supported: str) -> Any:
     return config
 
 
+def check_checkpoint(folder: Path) -> None:
+    """Raises ConfigurationError for a config or weights that cannot be read; loads no tensor."""
+    read_config(folder, "decoders to generate, and decoders and encoders to embed and classify")
+    if damage := _damage(folder):
+        raise ConfigurationError(damage)
+
+
 def read_model(
     auto_class: Any,
     folder: Path,

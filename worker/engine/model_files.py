@@ -134,6 +134,10 @@ def _check(folder: Path, model: str) -> None:
             f"engine.model={model!r}: {folder} has no {' and no '.join(missing)}. Weights are read from safetensors "
             "files alone; save the model with save_pretrained(), which writes both"
         )
+    if not _is_object(folder / "config.json"):
+        raise ConfigurationError(
+            f"engine.model={model!r}: {folder / 'config.json'} is no JSON object: copy or download the model again"
+        )
     for index in folder.glob("*.safetensors.index.json"):
         absent = sorted(name for name in _shards(index) if not (folder / name).is_file())
         if absent:
@@ -141,6 +145,13 @@ def _check(folder: Path, model: str) -> None:
                 f"engine.model={model!r}: {folder} has no {absent[0]}, one of {len(absent)} missing files that "
                 f"{index.name} names: copy or download the model again"
             )
+
+
+def _is_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except ValueError:
+        return False
 
 
 def _shards(index: Path) -> set[str]:
