@@ -91,7 +91,7 @@ def read_line(raw: RawLine, number: int, model_names: Sequence[str]) -> Request 
         body = fields.get("body", fields)
         carried = read_carried(body) if isinstance(body, dict) else None
         head = LineHead(number, custom_id, model_names, carried)
-        if "continuation" in fields or fields.get("kind") == "score":
+        if _asks_for_a_score(fields):
             return read_score(fields, head)
         if "body" not in fields and "url" not in fields:
             if "input" in fields or fields.get("kind") in POOLED_KINDS:
@@ -105,6 +105,13 @@ def read_line(raw: RawLine, number: int, model_names: Sequence[str]) -> Request 
             message = message[:_MAX_MESSAGE_LENGTH] + "..."
         failure = Failure(error.code, message)
         return Result(line=number, custom_id=custom_id, endpoint=endpoint, carried=carried, failure=failure)
+
+
+def _asks_for_a_score(fields: Mapping[str, Any]) -> bool:
+    """A context alone is one that lacks its continuation; beside a prompt it is an unknown field."""
+    if "continuation" in fields or fields.get("kind") == "score":
+        return True
+    return "context" in fields and not fields.keys() & {"prompt", "messages", "body", "input"}
 
 
 def _is_half_a_pair(raw: bytes) -> bool:

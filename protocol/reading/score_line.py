@@ -21,7 +21,10 @@ def read_score(fields: Mapping[str, Any], head: LineHead) -> Request:
             if value is not None:
                 raise InvalidRequest("unsupported_parameter", f"{name} means nothing for a score: leave it out")
         elif name not in _FIELDS and name != _PARAMETER:
-            raise InvalidRequest("unknown_field", f"{quoted(name)} is not a field of a score")
+            raise InvalidRequest(
+                "unknown_field",
+                f"{quoted(name)} is not a field of a score, which needs text, or context and continuation",
+            )
     if fields.get("kind") not in (None, "score"):
         raise InvalidRequest("invalid_parameter", "a continuation is for a score: leave kind out")
     check_model(fields.get("model"), head.model_names)

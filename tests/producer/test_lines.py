@@ -425,6 +425,8 @@ def test_plain_lines_ask_for_scores_of_pairs_and_of_texts() -> None:
         (b'{"kind": "score"}', "missing_field"),
         (b'{"kind": "score", "text": "a", "context": "b"}', "missing_field"),
         (b'{"kind": "score", "text": "a", "continuation": "b"}', "missing_field"),
+        (b'{"context": "a"}', "missing_field"),
+        (b'{"context": "a", "prompt": "b"}', "unknown_field"),
         (b'{"continuation": ""}', "empty_continuation"),
         (b'{"continuation": 5}', "invalid_type"),
         (b'{"continuation": "a", "prompt": "b"}', "unknown_field"),
