@@ -14,7 +14,7 @@ from protocol.reading.fields import (
     read_prompt,
     refuse_field,
 )
-from protocol.reading.parameters import PARAMETERS
+from protocol.reading.parameters import PARAMETERS, read_params
 from protocol.requests import EncodingFormat, Endpoint, Kind, Request
 from protocol.sampling import MAX_TOKEN_COUNT
 
@@ -25,6 +25,8 @@ POOLED_KINDS = tuple(KIND_OF_ENDPOINT.values())
 #: `kind` may be left out for an embedding.
 _PLAIN_FIELDS = frozenset({"id", "custom_id", "kind", *CARRIED_FIELDS})
 _EMBED_FIELDS = frozenset({"dimensions", "encoding_format"})
+#: The one parameter that means something where nothing is drawn: until when.
+_PARAMETER = "timeout"
 
 
 def read_pooled(fields: Mapping[str, Any], head: LineHead, endpoint: Endpoint = "plain") -> Request:
@@ -36,7 +38,7 @@ def read_pooled(fields: Mapping[str, Any], head: LineHead, endpoint: Endpoint = 
         )
     own = _PLAIN_FIELDS if endpoint == "plain" else IGNORED_FIELDS
     for name, value in fields.items():
-        if name in ("input", "model") or name in own or (name in _EMBED_FIELDS and kind == "embed"):
+        if name in ("input", "model", _PARAMETER) or name in own or (name in _EMBED_FIELDS and kind == "embed"):
             continue
         if name in PARAMETERS or name in _EMBED_FIELDS:
             if value is not None:
@@ -60,6 +62,7 @@ def read_pooled(fields: Mapping[str, Any], head: LineHead, endpoint: Endpoint = 
         carried=head.carried,
         dimensions=_dimensions(fields.get("dimensions")),
         encoding_format=_encoding_format(fields.get("encoding_format")),
+        params=read_params({_PARAMETER: fields.get(_PARAMETER)}),
     )
 
 

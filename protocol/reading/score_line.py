@@ -10,17 +10,17 @@ from protocol.requests import Request
 
 #: `kind` may be left out beside a continuation.
 _FIELDS = frozenset({"id", "custom_id", "model", "kind", "context", "continuation", "text", *CARRIED_FIELDS})
-#: The one parameter that means something for a score: how many alternatives are told with each token.
-_PARAMETER = "prompt_logprobs"
+#: What means something for a score: how many alternatives are told with each token, and until when.
+_PARAMETERS = frozenset({"prompt_logprobs", "timeout"})
 
 
 def read_score(fields: Mapping[str, Any], head: LineHead) -> Request:
     """Raises InvalidRequest."""
     for name, value in fields.items():
-        if name in PARAMETERS and name != _PARAMETER:
+        if name in PARAMETERS - _PARAMETERS:
             if value is not None:
                 raise InvalidRequest("unsupported_parameter", f"{name} means nothing for a score: leave it out")
-        elif name not in _FIELDS and name != _PARAMETER:
+        elif name not in _FIELDS and name not in _PARAMETERS:
             raise InvalidRequest(
                 "unknown_field",
                 f"{quoted(name)} is not a field of a score, which needs text, or context and continuation",
@@ -41,5 +41,5 @@ def read_score(fields: Mapping[str, Any], head: LineHead) -> Request:
         continuation=continuation,
         custom_id=head.custom_id,
         carried=head.carried,
-        params=read_params({_PARAMETER: fields.get(_PARAMETER)}),
+        params=read_params({name: fields.get(name) for name in _PARAMETERS}),
     )

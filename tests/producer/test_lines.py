@@ -419,6 +419,17 @@ def test_plain_lines_ask_for_scores_of_pairs_and_of_texts() -> None:
     assert text == Request(line=3, kind="score", prompt="a b c", custom_id="7")
 
 
+@pytest.mark.parametrize("asked", [{"prompt": "a"}, {"continuation": "a"}, {"input": "a"}])
+def test_lines_of_every_kind_say_until_when_they_are_of_use(asked: dict[str, str]) -> None:
+    item = read_line(encode_item({**asked, "timeout": 5}), 1, ["m"])
+    assert isinstance(item, Request)
+    assert item.timeout_s(SamplingParams(timeout=60)) == 5
+    late = read_line(encode_item({**asked, "timeout": -1}), 1, ["m"])
+    assert isinstance(late, Result)
+    assert late.failure is not None
+    assert "timeout=-1" in late.failure.message
+
+
 @pytest.mark.parametrize(
     ("line", "code"),
     [
