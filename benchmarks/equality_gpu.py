@@ -2,11 +2,11 @@
 
     python3 -m benchmarks.equality_gpu [--device cuda] [--attention flash-attn-2] [--models qwen3 bundled]
 
-Each family's random-weight model runs through the engine in 16 bits; then prompt and output are put through the same
-model in float32 (the reference) and, plainly, in 16 bits (which gives the logit error of that arithmetic). A token
-other than the reference's best must be within twice that error of it, else it is unexplained; so must the scores of
-prompt tokens, which every second prompt asks for. Prints a line per model as it is done, then one JSON object as the
-last line; exit code 1 when anything is unexplained, has failed, or nothing could be compared.
+Each family's random-weight model runs through the engine in 16 bits; then prompt and output are put through
+transformers' own model in float32 (the reference) and, plainly, in 16 bits (which gives the logit error of that
+arithmetic). A token other than the reference's best must be within twice that error of it, else it is unexplained; so
+must the scores of prompt tokens, which every second prompt asks for. Prints a line per model as it is done, then one
+JSON object as the last line; exit code 1 when anything is unexplained, has failed, or nothing could be compared.
 """
 
 import argparse
@@ -126,7 +126,8 @@ def generate(
 def compare(
     model: Any, prompts: list[list[int]], outputs: list[list[int]], scores: list[list[float]]
 ) -> dict[str, float]:
-    """The engine's tokens and scores against a float32 forward of the whole text, one text at a time."""
+    """The engine's tokens and scores against a float32 forward of the whole text, one text at a time. `model` is not
+    the engine's, which has been changed, but transformers' own."""
     device = model.get_input_embeddings().weight.device
     if model._can_set_attn_implementation():
         model.set_attn_implementation("sdpa")
@@ -177,7 +178,9 @@ def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1).cpu()
 
 
-def check_family(loaded: LoadedModel, settings: EngineSettings, num_prompts: int, max_prompt: int) -> dict[str, Any]:
+def check_family(
+    loaded: LoadedModel, settings: EngineSettings, make_model: Callable[[], Any], num_prompts: int, max_prompt: int
+) -> dict[str, Any]:
     rng = random.Random(0)
     vocab_size = loaded.vocab_size
     max_prompt = min(max_prompt, loaded.max_model_len - NUM_OUTPUT_TOKENS)
@@ -196,7 +199,7 @@ def check_family(loaded: LoadedModel, settings: EngineSettings, num_prompts: int
         check_sync(engine)
         generate(engine, prompts[:16], 8, wave=4)
         counts["launch_waits"] = False
-    return counts | compare(loaded.model, prompts, outputs, scores)
+    return counts | compare(make_model(), prompts, outputs, scores)
 
 
 def check_sync(engine: Engine) -> None:
@@ -266,10 +269,16 @@ def main() -> int:
 
     def random_family(family: str, layout: str) -> dict[str, Any]:
         chosen = msgspec.structs.replace(settings, layout=layout)
-        return check_family(adopt(build(family, is_small, device, dtype), chosen), chosen, **size)
+        make_model = functools.partial(build, family, is_small, device, dtype)
+        return check_family(adopt(make_model(), chosen), chosen, make_model, **size)
 
     def bundled() -> dict[str, Any]:
-        return check_family(load_model(BUNDLED, settings), settings, **size)
+        from transformers import AutoModelForCausalLM
+
+        def make_model() -> Any:
+            return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=dtype).to(device).eval()
+
+        return check_family(load_model(BUNDLED, settings), settings, make_model, **size)
 
     for name in arguments.models:
         family, _, layout = name.partition(" ")
