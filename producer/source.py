@@ -93,8 +93,11 @@ class Source:
         if not os.access(self._path, os.R_OK):
             raise ConfigurationError(f"cannot read {self}: {os.strerror(errno.EACCES)}")
         if stat.S_ISREG(status.st_mode) and self._format != FileFormat():
-            with self._path.open("rb") as file:
-                next(self._read(file), None)
+            try:
+                with self._path.open("rb") as file:
+                    next(self._read(file), None)
+            except DamagedInput as error:
+                raise DamagedInput(f"{error}: write it anew, or say with --input-format what it is") from error
 
     @contextmanager
     def lines(self) -> Iterator[Iterator[RawLine]]:

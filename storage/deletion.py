@@ -51,7 +51,7 @@ def delete_job(ledger: Ledger, job_id: str, on_progress: Progress | None = None)
     if state is None:
         raise JobNotFound(f"there is no Job {job_id!r}")
     if state != "deleting":
-        raise JobNotEnded(f"the Job {job_id} is {state}: cancel it first, or wait for its end")
+        raise JobNotEnded(f"the Job {job_id} is {state}: cancel it first, wait for its end, or give --force")
     return _delete_hidden(ledger, [job_id], on_progress or _ignore, (0, 0))[1]
 
 

@@ -143,7 +143,7 @@ def test_delete_refuses_what_runs_unless_forced(here: Invoke, answer: Callable[[
 
     refused = here("delete", "second")
     assert refused.exit_code == 1
-    assert refused.stderr.endswith("is running: cancel it first, or wait for its end\n")
+    assert refused.stderr.endswith("is running: cancel it first, wait for its end, or give --force\n")
     assert here("delete", "first", "nothing").exit_code == 1
     done = here("delete", "first", job_id)
     assert (done.exit_code, done.stdout, done.stderr) == (0, f"deleted the Job {job_id} with 3 results\n", "")

@@ -313,7 +313,7 @@ def test_a_file_that_is_not_what_its_name_says_is_named_before_anything_is_made(
 ) -> None:
     (tmp_path / name).write_bytes(jsonl_bytes())
 
-    with pytest.raises(DamagedInput, match=f"{name} is damaged in its first line.*as {kind} is read"):
+    with pytest.raises(DamagedInput, match=f"{name} is damaged in its first line.*as {kind} is read: write it anew"):
         client.submit(tmp_path / name)
 
     assert client.jobs() == []
