@@ -27,7 +27,7 @@ import torch
 
 from protocol.frames import NewSequence
 from protocol.settings import EngineSettings
-from worker.engine import gating
+from worker.engine import gating, wide_linears
 from worker.engine.engine import Engine
 from worker.engine.loader import LoadedModel, adopt, load_model
 from worker.engine.sampler import Draws, exponential
@@ -263,7 +263,9 @@ def main() -> int:
         admission="headroom",
     )
     size = {"num_prompts": 12 if is_small else 96, "max_prompt": 100 if is_small else 700}
-    gating.LEAST_TOKENS = 256  # both ways to compute a gated layer occur as well
+    # Both ways to compute a gated layer, and wide products, occur as well.
+    gating.LEAST_TOKENS = wide_linears.LEAST_TOKENS = 256
+    wide_linears.LEAST_INPUTS, wide_linears.LEAST_WEIGHTS, wide_linears.LEAST_TILES = 1024, 1 << 21, 8
     failures: dict[str, str] = {}
     families: dict[str, dict[str, Any]] = {}
 

@@ -1,4 +1,4 @@
-"""Gated layers: found by running the model, and as good as what they stand for."""
+"""Gated layers and wide linears: found in the model, and as good as what they stand for."""
 
 import dataclasses
 import logging
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from protocol.settings import EngineSettings
 from tests.engine.families import FAMILIES
-from worker.engine import attention
-from worker.engine.gating import GatedLayer, gate_layers, gating_obstacle
+from worker.engine import attention, wide_linears
+from worker.engine.gating import GatedLayer, gate_layers
+from worker.engine.kernels import obstacle
 from worker.engine.kernels.plain import GATE_BLOCK
 from worker.engine.loader import adopt
 from worker.engine.probe import WholeStep
+from worker.engine.wide_linears import WideLinear, replace_wide_linears
 
 UNFUSED = EngineSettings(device="cpu", dtype="float32", fuse_weights=False)
 
@@ -74,10 +76,8 @@ def test_a_module_that_does_more_stays_as_it_was() -> None:
 
 
 def test_only_the_gpu_that_the_kernel_is_for_has_gated_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from worker.engine import gating
-
-    assert gating_obstacle(torch.device("cpu"), torch.bfloat16) is not None
-    monkeypatch.setattr(gating, "triton_obstacle", lambda device: None)
+    assert obstacle.product_obstacle(torch.device("cpu"), torch.bfloat16) is not None
+    monkeypatch.setattr(obstacle, "triton_obstacle", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     for capability, dtype, is_gated in (
         ((9, 0), torch.bfloat16, True),
@@ -86,4 +86,21 @@ def test_only_the_gpu_that_the_kernel_is_for_has_gated_layers(monkeypatch: pytes
         ((10, 0), torch.float16, False),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert (gating_obstacle(torch.device("cuda"), dtype) is None) == is_gated
+        assert (obstacle.product_obstacle(torch.device("cuda"), dtype) is None) == is_gated
+
+
+def test_wide_linears_give_the_same_logits(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model = build("llama")
+    hidden_size, inner_size = model.config.hidden_size, model.config.intermediate_size
+    monkeypatch.setattr(wide_linears, "LEAST_INPUTS", inner_size)
+    monkeypatch.setattr(wide_linears, "LEAST_WEIGHTS", inner_size * hidden_size)
+    gate_layers(model, model.config)
+    expected = logits_of(model)
+
+    with caplog.at_level(logging.INFO, logger="millrace.engine"):
+        assert replace_wide_linears(model) == 2  # one down projection a layer
+
+    assert torch.equal(logits_of(model), expected)
+    assert isinstance(model.model.layers[0].mlp.down, WideLinear)
+    assert type(model.lm_head) is nn.Linear
+    assert "down, in 2 modules" in caplog.text

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worker.engine.kernels.obstacle import triton_obstacle
 from worker.engine.kernels.plain import GATE_BLOCK, plain_gate
 from worker.engine.module_calls import watch_calls
 
@@ -34,7 +33,7 @@ LEAST_TOKENS = 1024
 class GatedLayer(nn.Module):
     """down(activation(gate x) * (other x))."""
 
-    def __init__(self, gate: Tensor, other: Tensor, activation: str, down: nn.Linear) -> None:
+    def __init__(self, gate: Tensor, other: Tensor, activation: str, down: nn.Module) -> None:
         """gate and other are (O, I)."""
         super().__init__()
         halves = [half.view(-1, GATE_BLOCK, half.shape[1]) for half in (gate, other)]
@@ -47,20 +46,10 @@ class GatedLayer(nn.Module):
         return output
 
 
-def gating_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why layers are not gated here; None where that is faster."""
-    if (obstacle := triton_obstacle(device)) is not None:
-        return obstacle
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"{torch.cuda.get_device_name(device)} is not of compute capability 9"
-    if dtype.itemsize != 2:
-        return f"weights are in {str(dtype).removeprefix('torch.')}, and the kernel multiplies 16 bits"
-    return None
-
-
 @torch.inference_mode()
 def gate_layers(model: Any, config: Any) -> int:
-    """Replace what can be replaced, and say so in the log; the number of layers that are gated now."""
+    """Replace what can be replaced, and say so in the log; the number of layers that are gated now. For GPUs that have
+    the kernel."""
     kinds: dict[tuple[type[nn.Module], tuple[str, ...]], tuple[int, list[str]]] = {}
     for module, call in watch_calls(model, config).items():
         kind = type(module), tuple(call.linears)
@@ -125,8 +114,7 @@ def _gated(x: Tensor, weight: Tensor, activation: str) -> Tensor:
     if len(rows) < LEAST_TOKENS or x.dtype.itemsize != 2:
         result = gate(F.linear(rows, weight), activation)
     else:
-        rows = rows.contiguous()
-        result = product(rows if rows.data_ptr() % 16 == 0 else rows.clone(), weight, activation)
+        result = product(rows, weight, activation)
     return result.view(*x.shape[:-1], result.shape[-1])
 
 

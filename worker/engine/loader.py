@@ -15,10 +15,12 @@ from worker.engine.attention import AttentionTerms
 from worker.engine.checkpoint import read_config, read_model
 from worker.engine.dtypes import choose_dtype
 from worker.engine.fusing import fuse_linears
-from worker.engine.gating import gate_layers, gating_obstacle
+from worker.engine.gating import gate_layers
+from worker.engine.kernels.obstacle import product_obstacle
 from worker.engine.kv_cache import LayerShape
 from worker.engine.memory import check_memory
 from worker.engine.probe import probe_packed, probe_padded, scoring_obstacle
+from worker.engine.wide_linears import replace_wide_linears
 
 log = logging.getLogger("millrace.engine")
 
@@ -91,12 +93,14 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
     model.config.pad_token_id = config.pad_token_id = None
     max_model_len = model_len_limit(config, settings)
     layout, layers = _choose_layout(model, config, settings, max_model_len)
+    weight = model.get_input_embeddings().weight
     if layout == "packed" and settings.fuse_weights:
-        weight = model.get_input_embeddings().weight
-        if gating_obstacle(weight.device, weight.dtype) is None:
+        has_products = product_obstacle(weight.device, weight.dtype) is None
+        if has_products:
             gate_layers(model, config)
         fuse_linears(model, config)
-    weight = model.get_input_embeddings().weight
+        if has_products:
+            replace_wide_linears(model)
     loaded = LoadedModel(
         model,
         weight.device,

@@ -20,6 +20,17 @@ def triton_obstacle(device: torch.device) -> str | None:
     return compiler_obstacle()
 
 
+def product_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel for products does not run here; None where it does."""
+    if (obstacle := triton_obstacle(device)) is not None:
+        return obstacle
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return f"{torch.cuda.get_device_name(device)} is not of compute capability 9"
+    if dtype.itemsize != 2:
+        return f"weights are in {str(dtype).removeprefix('torch.')}, and the kernel multiplies 16 bits"
+    return None
+
+
 def compiler_obstacle() -> str | None:
     """Triton compiles what launches its kernels with a C compiler, against Python's headers (triton.runtime.build)."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):

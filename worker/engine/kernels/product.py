@@ -27,14 +27,22 @@ _TOKENS, _OUTPUTS, _INPUTS, _GROUP = 128, 2 * GATE_BLOCK, 64, 16
 _PIECE = 1024
 
 
+def num_tiles(num_tokens: int, num_outputs: int) -> int:
+    """Of a product whose weight has so many rows."""
+    return -(-num_tokens // _TOKENS) * -(-num_outputs // _OUTPUTS)
+
+
 def product(x: Tensor, weight: Tensor, activation: str | None = None) -> Tensor:
-    """x (T, I), weight (O, I), both dense, of 16 bits and with an I that is a multiple of 8 -> (T, O).
+    """x (T, I), weight (O, I), of 16 bits, the second dense, I and O multiples of 8 -> (T, O).
 
     With an activation, "silu" or "gelu_tanh", weight is (2 O, I), its rows alternate between gate and other half, and
     the result is activation(gate) * other. O is a multiple of GATE_BLOCK then.
     """
     num_tokens, num_inputs = x.shape
     num_rows = len(weight)
+    x = x.contiguous()
+    if x.data_ptr() % 16:  # as it may be of a part of a tensor
+        x = x.clone()
     num_outputs = num_rows if activation is None else num_rows // 2
     output = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     num_programs = _num_multiprocessors(x.device)
