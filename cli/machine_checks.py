@@ -98,7 +98,7 @@ def check_device(settings: Settings) -> Iterator[Finding]:
 
 def _attention(settings: Settings, device: "torch.device") -> Finding:
     from worker.engine.attention import choose_backend, flash_attention_obstacle
-    from worker.engine.dtypes import choose_dtype
+    from worker.engine.dtypes import cache_dtype, choose_dtype
     from worker.engine.kernels.obstacle import triton_obstacle
     from worker.engine.model_files import local_folder
     from worker.engine.task import choose_task
@@ -116,7 +116,8 @@ def _attention(settings: Settings, device: "torch.device") -> Finding:
         facts = f"{choose_text_attention(engine.attention, device, dtype).name} {facts}, to {task}"
         missing, gain = flash_attention_obstacle(device, dtype), "whole texts are faster with flash-attn"
     else:
-        facts = f"{choose_backend(engine.attention, device, dtype).name} {facts}"
+        backend = choose_backend(engine.attention, device, dtype, cache_dtype(engine, dtype))
+        facts = f"{backend.name} {facts}"
         missing, gain = triton_obstacle(device), "the engine is several times as fast with Triton's kernels"
     return warning("attention", f"{facts}; {missing}", gain) if is_best and missing else ok("attention", facts)
 

@@ -95,6 +95,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     float32, else sdpa."""
     max_model_len: int | None = None
     """Tokens of one Sequence, prompt and output together; unset: what the model's config says."""
+    kv_dtype: Literal["auto", "float8"] = "auto"
+    """What K and V are kept in: what the model computes in, or float8 (e4m3), half as large and less exact."""
     kv_tokens: int | None = None
     """Capacity of the KV cache in tokens; unset: from memory_fraction on CUDA, a fixed size on a CPU."""
     memory_fraction: float = 0.90

@@ -243,8 +243,10 @@ def terms_of(
     )
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The backend called `name`, or the fastest that runs here for "auto".
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> AttentionBackend:
+    """The backend called `name`, or the fastest that runs here for "auto". `kv_dtype` is the cache's, if not `dtype`.
 
     Raises ConfigurationError for an unknown name and for one that cannot run here.
     """
@@ -255,6 +257,8 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
         "flash-attn-2": flash_attention_obstacle(device, dtype),
         "sparse": sparse_obstacle(device, dtype),
     }
+    if kv_dtype == torch.float8_e4m3fn:
+        obstacles = {name: obstacle or _float8_obstacle(name, device) for name, obstacle in obstacles.items()}
     if obstacle := obstacles.get(name):
         raise ConfigurationError(f"engine.attention={name!r} cannot run here: {obstacle}; use auto or sdpa")
     if name == "auto":
@@ -276,6 +280,15 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Atten
     from worker.engine.backends.sdpa import SDPABackend
 
     return SDPABackend()
+
+
+def _float8_obstacle(name: str, device: torch.device) -> str | None:
+    """Why a backend that runs here cannot read a KV cache of float8; None where it can."""
+    if name != "triton":
+        return f"{name} reads no float8, which engine.kv_dtype asks for"
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.9, which float8 needs"
+    return None
 
 
 def sparse_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -53,7 +53,7 @@ def num_cache_blocks(
 ) -> int:
     """Raises ConfigurationError when nothing is left, or less than the settings ask for."""
     block_size = backend.block_size
-    bytes_each = block_bytes(loaded.layers, block_size, loaded.dtype)
+    bytes_each = block_bytes(loaded.layers, block_size, loaded.kv_dtype)
     if settings.kv_tokens is not None:
         if settings.kv_tokens < block_size:
             raise ConfigurationError(
@@ -114,7 +114,7 @@ def _peak_bytes(
     scheduler = new_scheduler(loaded, settings, limits, num_blocks, backend.block_size)
     runner = Runner(loaded, backend, max_num_seqs=limits.max_num_seqs, num_blocks=1)
     peak = _measure(loaded, limits, scheduler, runner)
-    cache_bytes = 2 * block_bytes(loaded.layers, backend.block_size, loaded.dtype)
+    cache_bytes = 2 * block_bytes(loaded.layers, backend.block_size, loaded.kv_dtype)
     return peak - cache_bytes + (_graph_bytes(runner) if is_captured else 0)
 
 

@@ -31,6 +31,11 @@ def choose_dtype(settings: EngineSettings, device: torch.device, folder: Path | 
     return torch.float32
 
 
+def cache_dtype(settings: EngineSettings, dtype: torch.dtype) -> torch.dtype:
+    """What K and V of a model that computes in `dtype` are kept in."""
+    return dtype if settings.kv_dtype == "auto" else torch.float8_e4m3fn
+
+
 def _suits_bfloat16(folder: Path) -> bool:
     """On a CPU: large weights that are kept in bfloat16, where it is the machine's own."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

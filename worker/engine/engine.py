@@ -64,7 +64,7 @@ class Engine:
             num_tokens = num_padded_tokens(loaded, settings, limits, self.runner)
             self.scheduler = new_padded_scheduler(loaded, limits, num_tokens)
         else:
-            backend = choose_backend(settings.attention, loaded.device, loaded.dtype)
+            backend = choose_backend(settings.attention, loaded.device, loaded.dtype, loaded.kv_dtype)
             self.attention_name = backend.name
             with building(rehearse(loaded, backend, max_num_seqs)):
                 if settings.compile or (settings.compile is None and loaded.device.type == "cuda"):
@@ -86,11 +86,12 @@ class Engine:
         self._budget = TokenBudget(self.scheduler.max_batch_tokens, least)
         self._failed: list[StepPlan] = []  # launched in vain for lack of memory
         log.info(
-            "layout %s, attention backend %s, KV cache of %d blocks of %d tokens, lookahead %d",
+            "layout %s, attention backend %s, KV cache of %d blocks of %d tokens in %s, lookahead %d",
             loaded.layout,
             self.attention_name,
             self.scheduler.blocks.num_blocks,
             self.scheduler.blocks.block_size,
+            str(loaded.kv_dtype).removeprefix("torch."),
             self.lookahead,
         )
         if loaded.device.type == "cuda":
@@ -119,7 +120,8 @@ class Engine:
             torch.set_num_threads(settings.num_threads)
         folder = resolve_folder(settings.model, settings.revision)
         loaded = load_model(folder, settings)
-        return cls(loaded, settings, fingerprint(files_digest(folder), loaded.dtype_name))
+        quantization = "none" if loaded.kv_dtype == loaded.dtype else f"kv-{settings.kv_dtype}"
+        return cls(loaded, settings, fingerprint(files_digest(folder), loaded.dtype_name, quantization))
 
     @property
     def has_work(self) -> bool:

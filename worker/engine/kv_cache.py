@@ -11,6 +11,9 @@ from torch import Tensor
 
 from worker.engine.kernels.obstacle import triton_obstacle
 
+#: The largest number of float8_e4m3fn; what is beyond would become no number.
+_MOST_FLOAT8 = 448.0
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -35,7 +38,9 @@ class KVCache:
         # Zeros: gathered padding is masked, but 0 * NaN from uninitialised memory would still be NaN.
         self._layers = [
             tuple(
-                torch.zeros(num_blocks, block_size, shape.num_kv_heads, shape.head_dim, device=device, dtype=dtype)
+                torch.zeros(
+                    num_blocks, block_size, shape.num_kv_heads, shape.head_dim, device=device, dtype=_moved_as(dtype)
+                ).view(dtype)
                 for _ in range(2)
             )
             for shape in layers
@@ -49,15 +54,32 @@ class KVCache:
 
             write_kv(key, value, k_cache, v_cache, slots)
         else:
-            k_cache.flatten(0, 1).index_copy_(0, slots, key)
-            v_cache.flatten(0, 1).index_copy_(0, slots, value)
+            for cache, x in ((k_cache, key), (v_cache, value)):
+                moved = _moved_as(cache.dtype)
+                cache.view(moved).flatten(0, 1).index_copy_(0, slots, to_cache_dtype(x, cache.dtype).view(moved))
         return k_cache, v_cache
 
     def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
         """Whole blocks, in every layer; no block is in both (int64)."""
         for caches in self._layers:
             for cache in caches:
-                cache.index_copy_(0, targets, cache.index_select(0, sources))
+                blocks = cache.view(_moved_as(cache.dtype))
+                blocks.index_copy_(0, targets, blocks.index_select(0, sources))
+
+
+def to_cache_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """K or V as the cache keeps them; the nearest number that there is."""
+    return x.clamp(-_MOST_FLOAT8, _MOST_FLOAT8).to(dtype) if dtype == torch.float8_e4m3fn else x
+
+
+def read_blocks(cache: Tensor, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Those of a layer's cache (N, B, G, E), to compute in `dtype`; blocks are (n,), the result is (n, B, G, E)."""
+    return cache.view(_moved_as(cache.dtype)).index_select(0, blocks).view(cache.dtype).to(dtype)
+
+
+def _moved_as(dtype: torch.dtype) -> torch.dtype:
+    """torch moves and fills no float8 by index."""
+    return torch.uint8 if dtype == torch.float8_e4m3fn else dtype
 
 
 def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:

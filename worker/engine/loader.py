@@ -13,7 +13,7 @@ from protocol.settings import EngineSettings
 from worker.engine import attention
 from worker.engine.attention import AttentionTerms
 from worker.engine.checkpoint import read_config, read_model
-from worker.engine.dtypes import choose_dtype
+from worker.engine.dtypes import cache_dtype, choose_dtype
 from worker.engine.fusing import fuse_linears
 from worker.engine.gating import gate_layers
 from worker.engine.kernels.obstacle import product_obstacle
@@ -37,6 +37,7 @@ class LoadedModel:
     model: nn.Module
     device: torch.device
     dtype: torch.dtype
+    kv_dtype: torch.dtype  # of what is kept of K and V
     max_model_len: int
     vocab_size: int
     layers: list[LayerShape]
@@ -93,6 +94,10 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
     model.config.pad_token_id = config.pad_token_id = None
     max_model_len = model_len_limit(config, settings)
     layout, layers = _choose_layout(model, config, settings, max_model_len)
+    if layout == "padded" and settings.kv_dtype != "auto":
+        raise ConfigurationError(
+            f"engine.kv_dtype={settings.kv_dtype!r} is for the packed layout, and this model runs padded: use auto"
+        )
     weight = model.get_input_embeddings().weight
     if layout == "packed" and settings.fuse_weights:
         has_products = product_obstacle(weight.device, weight.dtype) is None
@@ -105,6 +110,7 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
         model,
         weight.device,
         weight.dtype,
+        cache_dtype(settings, weight.dtype),
         max_model_len,
         config.vocab_size,
         layers,

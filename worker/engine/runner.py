@@ -93,7 +93,7 @@ class Runner:
         self._start(loaded, max_num_seqs, -(-loaded.max_model_len // backend.block_size))
         self.backend = backend
         # A block more, for what rows of nobody write.
-        self.cache = KVCache(loaded.layers, num_blocks + 1, backend.block_size, loaded.device, loaded.dtype)
+        self.cache = KVCache(loaded.layers, num_blocks + 1, backend.block_size, loaded.device, loaded.kv_dtype)
         self.state.block_table[self.state.nobody] = num_blocks
         self.decode = DecodeStep(loaded, backend, self.cache, self.state, graphs)
 

@@ -122,6 +122,20 @@ def test_shared_prefixes_equal_rows_that_read_all_of_their_blocks(
     assert_close(result, expected, torch.ones(len(own), dtype=torch.bool), dtype)
 
 
+@pytest.mark.parametrize("way", list(WAYS))
+def test_decode_reads_float8(way: str) -> None:
+    query, k_cache, v_cache, tables = tensors(LENS, 4, 2, 32, 16, torch.float16, False)
+    k_cache, v_cache = k_cache.to(torch.float8_e4m3fn), v_cache.to(torch.float8_e4m3fn)
+    lens = torch.tensor(LENS, dtype=torch.int32)
+    is_used = lens > 0
+    expected = exact(query[is_used], k_cache, v_cache, tables[is_used], lens[is_used])
+
+    plan = plan_decode(tables, lens, 16, 2, replace(WAYS[way], tile=16))
+    result = decode(query, k_cache, v_cache, plan, scale=SCALE)
+
+    assert_close(result, expected, is_used, torch.float16)
+
+
 def test_a_plan_is_followed_whatever_the_number_of_rows() -> None:
     for lens in ([3], [300], [1] * 20):
         query, k_cache, v_cache, tables = tensors(lens, 2, 1, 16, 16, torch.float32, False)

@@ -22,6 +22,7 @@ QUERY_LENS, KV_LENS = [20, 7, 1, 17, 16], [20, 50, 1, 40, 16]
         (2, 2, 16, 32, {"window": 9}, torch.float32),
         (8, 2, 16, 16, {"softcap": 1.5}, torch.float32),
         (2, 1, 16, 16, {"window": 20, "softcap": 1.5}, torch.float32),
+        (4, 2, 32, 16, {}, torch.float8_e4m3fn),
     ],
 )
 def test_prefill_equals_its_twin(
@@ -37,12 +38,13 @@ def test_prefill_equals_its_twin(
     num_per_piece = -(-max(KV_LENS) // block_size)
     num_blocks = num_per_piece * len(KV_LENS) + 1
     tables = torch.randperm(num_blocks)[:-1].view(len(KV_LENS), num_per_piece).int()
+    cache_dtype, dtype = dtype, torch.float16 if dtype == torch.float8_e4m3fn else dtype
     caches = torch.randn(2, num_blocks, block_size, kv_heads, head_dim, dtype=dtype)
     for table, num in zip(tables.long(), KV_LENS, strict=True):  # what lies behind a text is not a number
         places = torch.stack((table.repeat_interleave(block_size), torch.arange(len(table) * block_size) % block_size))
         caches[:, places[0, num:], places[1, num:]] = torch.nan
     query = torch.randn(sum(QUERY_LENS), 2 * heads, head_dim, dtype=dtype)[:, :heads]
-    k_cache, v_cache = caches
+    k_cache, v_cache = caches.to(cache_dtype)
     expected = plain_prefill(
         query.double(), k_cache.double(), v_cache.double(), tables, QUERY_LENS, KV_LENS, scale=0.2, **terms
     )

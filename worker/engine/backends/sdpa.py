@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worker.engine.attention import AttentionStep, AttentionTerms
+from worker.engine.kv_cache import read_blocks
 
 #: Of K and V gathered at a time on a CPU: less pads less and stays in the cache, more costs fewer calls. Measured with
 #: benchmarks/cpu_engine.py's requests: 94 ms a step from 2 to 8 MiB, 110 at 1 MiB, 215 without groups.
@@ -28,7 +29,9 @@ class SDPABackend:
     ) -> Tensor:
         parts, start = [], 0
         for i, (num_query, num_kv) in enumerate(zip(step.query_lens.tolist(), step.kv_lens.tolist(), strict=True)):
-            keys, values = (_gather(cache, step.prefill_tables[i : i + 1], num_kv) for cache in (k_cache, v_cache))
+            keys, values = (
+                _gather(cache, step.prefill_tables[i : i + 1], num_kv, query.dtype) for cache in (k_cache, v_cache)
+            )
             parts.append(attend_causally(query[start : start + num_query], keys[0], values[0], terms))
             start += num_query
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -64,7 +67,7 @@ class SDPABackend:
         """These rows at once, padded to the longest. The H/G queries that share a key head are its query length."""
         num_rows, num_heads, head_dim = query.shape
         num_kv_heads = k_cache.shape[2]
-        keys, values = (_gather(cache, tables, int(longest)) for cache in (k_cache, v_cache))
+        keys, values = (_gather(cache, tables, int(longest), query.dtype) for cache in (k_cache, v_cache))
         places = torch.arange(int(longest), device=query.device)
         mask = places < lens[:, None]  # (D, L)
         if terms.window is not None:
@@ -123,8 +126,8 @@ def attend_masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     return (weights @ value.float()).to(query.dtype)
 
 
-def _gather(cache: Tensor, tables: Tensor, num_tokens: int) -> Tensor:
+def _gather(cache: Tensor, tables: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
     """The first `num_tokens` of each table's blocks: (rows, num_tokens, G, E)."""
     num_rows, num_blocks = len(tables), -(-num_tokens // cache.shape[1])
-    blocks = cache.index_select(0, tables[:, :num_blocks].reshape(-1))  # faster than indexing with a table
+    blocks = read_blocks(cache, tables[:, :num_blocks].reshape(-1), dtype)  # faster than indexing with a table
     return blocks.view(num_rows, -1, *cache.shape[2:])[:, :num_tokens]

@@ -14,7 +14,7 @@ _MANY, _PER_PROGRAM = 4096, 4
 def write_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """key and value (T, G, E) to `slots` (T,) int64 of the caches (N, B, G, E); a negative slot is not written.
 
-    Strides are free but for the last.
+    Strides are free but for the last. Caches of float8 get the nearest number that there is.
     """
     num_tokens, num_heads, head_dim = key.shape
     if num_tokens == 0:
@@ -77,5 +77,8 @@ def _write(
     token = token.to(tl.int64)
     k = tl.load(key + (token * key_token + head * key_head)[:, None] + e_index, mask=mask)
     v = tl.load(value + (token * value_token + head * value_head)[:, None] + e_index, mask=mask)
+    if k_cache.dtype.element_ty == tl.float8e4nv:
+        k, v = tl.clamp(k.to(tl.float32), -448.0, 448.0), tl.clamp(v.to(tl.float32), -448.0, 448.0)
+    k, v = k.to(k_cache.dtype.element_ty), v.to(v_cache.dtype.element_ty)
     tl.store(k_cache + (block * k_block + offset * k_token + head * k_head)[:, None] + e_index, k, mask=mask)
     tl.store(v_cache + (block * v_block + offset * v_token + head * v_head)[:, None] + e_index, v, mask=mask)

@@ -350,7 +350,7 @@ def _attend_tile(
         offset = slot % BLOCK
         k_place = block[:, None] * k_block + offset[:, None] * k_token + e_index
         v_place = block[:, None] * v_block + offset[:, None] * v_token + e_index
-    k = tl.load(k_base + k_place, mask=mask, other=0.0)
+    k = tl.load(k_base + k_place, mask=mask, other=0.0).to(q.dtype)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if HAS_SOFTCAP:
         # softcap * tanh(scores / softcap), to base 2 as the scores are
@@ -363,7 +363,7 @@ def _attend_tile(
     weights = tl.exp2(scores - best[:, None])
     shrink = tl.exp2(before - best)
     total = total * shrink + tl.sum(weights, axis=1)
-    v = tl.load(v_base + v_place, mask=mask, other=0.0)
+    v = tl.load(v_base + v_place, mask=mask, other=0.0).to(q.dtype)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return best, total, acc
 

@@ -264,6 +264,7 @@ def _attend(
     else:
         k = tl.load(k_place)
         v = tl.load(v_place)
+    k, v = k.to(q.dtype), v.to(q.dtype)  # the cache may be of float8
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if HAS_SOFTCAP:
         # softcap * tanh(scores / softcap), to base 2 as the scores are
