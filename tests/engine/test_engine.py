@@ -176,7 +176,7 @@ def test_engine_without_kv_tokens_takes_a_bounded_cache_on_a_cpu(model_folder: C
         ({"device": "tpu"}, "auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:99"}, "CUDA devices"),
         ({"lookahead": 2}, "it is 0 or 1"),
-        ({"kv_tokens": 15}, "one block of 16"),
+        ({"kv_tokens": 15}, "a block of 16 tokens: make it that or more"),
         ({"max_batch_tokens": 0}, "at least 1"),
         ({"max_model_len": 1}, "at least 2"),
         ({"memory_fraction": 0.0}, "above 0"),

@@ -57,7 +57,8 @@ def num_cache_blocks(
     if settings.kv_tokens is not None:
         if settings.kv_tokens < block_size:
             raise ConfigurationError(
-                f"engine.kv_tokens={settings.kv_tokens} is less than one block of {block_size} tokens"
+                f"engine.kv_tokens={settings.kv_tokens} is less than a block of {block_size} tokens: make it that or "
+                "more"
             )
         check_cache(loaded.device, settings.kv_tokens // block_size * bytes_each, settings.kv_tokens, settings)
         return settings.kv_tokens // block_size
