@@ -5,12 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from batching.scheduler import StepPlan
 from protocol.errors import ConfigurationError
 from protocol.frames import NewSequence
+from protocol.settings import EngineSettings
 from tests.engine.reference import Reference, Run, collect, drive, new_sequence, random_prompts, settings_for
 from worker.engine.engine import Engine
+from worker.engine.loader import load_model
+from worker.engine.pooled_model import load_pooled
 from worker.engine.runner import StepHandle
 
 LOOKAHEADS = pytest.mark.parametrize("lookahead", [0, 1])
@@ -188,6 +192,21 @@ def test_engine_refuses_settings_that_do_not_fit(
 ) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Engine.start(settings_for(model_folder("llama"), **changes))
+
+
+def test_an_engine_of_a_further_gpu_makes_it_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, wherever its tensors are."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    settings = EngineSettings(device="cuda:1")
+
+    with pytest.raises(ConfigurationError):
+        load_model(Path("/nowhere"), settings)
+    with pytest.raises(ConfigurationError):
+        load_pooled(Path("/nowhere"), "embed", settings)
+
+    assert current == [torch.device("cuda:1")] * 2
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

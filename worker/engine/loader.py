@@ -67,11 +67,19 @@ def choose_device(settings: EngineSettings) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
+def take_device(settings: EngineSettings) -> torch.device:
+    """As `choose_device`, and it is the current one from here on: Triton launches there, wherever its tensors are."""
+    device = choose_device(settings)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
     """Raises ConfigurationError for a model that cannot be read or that the engine cannot run."""
     from transformers import AutoModelForCausalLM
 
-    device = choose_device(settings)
+    device = take_device(settings)
     dtype = choose_dtype(settings, device, folder)
     attention.register()
     config = read_config(folder, _SUPPORTED)

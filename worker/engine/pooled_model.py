@@ -20,7 +20,7 @@ from worker.engine import text_attention
 from worker.engine.checkpoint import read_config, read_model
 from worker.engine.classification_head import ClassificationHead, activation_of, find_head, labels_of
 from worker.engine.dtypes import choose_dtype
-from worker.engine.loader import choose_device, model_len_limit
+from worker.engine.loader import model_len_limit, take_device
 from worker.engine.memory import check_memory
 from worker.engine.pooling import Pooling, StatedPooling, choose_pooling, read_pooling
 from worker.engine.task import Task
@@ -113,7 +113,7 @@ def load_pooled(folder: Path, task: Task, settings: EngineSettings) -> PooledMod
     """Raises ConfigurationError for a model that cannot be read or that the engine cannot run."""
     from transformers import AutoModel, AutoModelForSequenceClassification
 
-    device = choose_device(settings)
+    device = take_device(settings)
     dtype = choose_dtype(settings, device, folder)
     text_attention.register()
     config = read_config(folder, _SUPPORTED)
