@@ -75,6 +75,29 @@ def test_a_module_that_does_more_stays_as_it_was() -> None:
     assert isinstance(model.model.layers[1].mlp.up_proj, nn.Linear)
 
 
+@pytest.mark.parametrize("differs", ["in what it does", "in its size"])
+def test_each_module_of_a_class_is_held_to_what_it_gave(differs: str) -> None:
+    """A class may leave out a part of its activation in some layers, or have layers of several sizes."""
+    model = build("llama")
+    first, second = (layer.mlp for layer in model.model.layers)
+    own_forward = type(first).forward
+    varied = type("Varied", (type(first),), {"factor": 1.0, "forward": lambda mlp, x: mlp.factor * own_forward(mlp, x)})
+    first.__class__ = second.__class__ = varied
+    if differs == "in its size":
+        for name in ("gate_proj", "up_proj"):
+            linear = getattr(second, name)
+            setattr(second, name, nn.Linear(linear.in_features, GATE_BLOCK + 8, bias=False))
+        second.down_proj = nn.Linear(GATE_BLOCK + 8, first.down_proj.out_features, bias=False)
+    else:
+        second.factor = 3.0
+    expected = logits_of(model)
+
+    assert gate_layers(model, model.config) == 1
+
+    assert torch.allclose(logits_of(model), expected, atol=1e-5)
+    assert isinstance(model.model.layers[0].mlp, GatedLayer)
+
+
 def test_only_the_gpu_that_the_kernel_is_for_has_gated_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert obstacle.product_obstacle(torch.device("cpu"), torch.bfloat16) is not None
     monkeypatch.setattr(obstacle, "triton_obstacle", lambda device: None)

@@ -7,8 +7,8 @@ same.
 Letters: T tokens, I inputs, O outputs of each half.
 """
 
-import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worker.engine.kernels.plain import GATE_BLOCK, plain_gate
-from worker.engine.module_calls import watch_calls
+from worker.engine.module_calls import ModuleCall, watch_calls
 
 log = logging.getLogger("millrace.engine")
 
@@ -50,25 +50,26 @@ class GatedLayer(nn.Module):
 def gate_layers(model: Any, config: Any) -> int:
     """Replace what can be replaced, and say so in the log; the number of layers that are gated now. For GPUs that have
     the kernel."""
-    kinds: dict[tuple[type[nn.Module], tuple[str, ...]], tuple[int, list[str]]] = {}
-    for module, call in watch_calls(model, config).items():
-        kind = type(module), tuple(call.linears)
-        if kind not in kinds:
-            layers = _candidates(module, kind[1]) if set(call.linears.values()) == {1} == {call.num_calls} else ()
-            order = next((i for i, layer in enumerate(layers) if call.is_repeated_by(layer)), None)
-            kinds[kind] = -1 if order is None else order, []
-        kinds[kind][1].append(next(name for name, other in model.named_modules() if other is module))
-    num_gated = 0
-    for (module_type, names), (order, paths) in kinds.items():
-        if order < 0:
-            continue
-        for path in paths:  # one after the other, so that there is never more than one weight twice
-            layer = next(itertools.islice(_candidates(model.get_submodule(path), names), order, None))
+    calls = watch_calls(model, config)
+    kinds: Counter[tuple[str, str]] = Counter()
+    while calls:  # one after the other, so that there is never more than one weight twice
+        module, call = calls.popitem()
+        layer = _gated_layer(module, call)
+        if layer is not None:
+            path = next(name for name, other in model.named_modules() if other is module)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, layer)
-        num_gated += len(paths)
-        log.info("weights gated: %s of %s, in %d modules", " + ".join(names), module_type.__name__, len(paths))
-    return num_gated
+            kinds[" + ".join(call.linears), type(module).__name__] += 1
+    for (names, kind), num in kinds.items():
+        log.info("weights gated: %s of %s, in %d modules", names, kind, num)
+    return kinds.total()
+
+
+def _gated_layer(module: nn.Module, call: ModuleCall) -> GatedLayer | None:
+    """What gives the same as this module. Others of its class may be of another size, or do something else."""
+    if not set(call.linears.values()) == {1} == {call.num_calls}:
+        return None
+    return next((layer for layer in _candidates(module, tuple(call.linears)) if call.is_repeated_by(layer)), None)
 
 
 def _candidates(module: nn.Module, names: tuple[str, ...]) -> Iterator[GatedLayer]:
