@@ -66,7 +66,7 @@ class Engine:
         else:
             backend = choose_backend(settings.attention, loaded.device, loaded.dtype, loaded.kv_dtype)
             self.attention_name = backend.name
-            with building(rehearse(loaded, backend, max_num_seqs)):
+            with building(rehearse(loaded, backend, limits)):
                 if settings.compile or (settings.compile is None and loaded.device.type == "cuda"):
                     compile_layers(loaded)
             has_kernels = triton_obstacle(loaded.device) is None

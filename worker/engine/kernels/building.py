@@ -10,6 +10,7 @@ which is Python too, they wait for the interpreter most of the time.
 
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -18,8 +19,8 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,15 +91,25 @@ def building(launches: Sequence[Launch], num_processes: int | None = None) -> It
     started = time.perf_counter()
     num_processes = min(num_processes or _num_processes(), len(launches))
     ordered = sorted(launches, key=lambda launch: -launch.length)
-    processes = [_start(ordered[i::num_processes]) for i in range(num_processes)]
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        try:
+            for i in range(num_processes):
+                processes.append(_start(ordered[i::num_processes]))
+        except OSError as error:
+            log.warning("kernels are compiled only when they are launched: %s", error)
         yield
+        deadline = time.perf_counter() + _PATIENCE
+        if sum(_is_done(process, deadline) for process in processes) == num_processes:
+            with suppress(OSError):  # the cache may be there to be read alone
+                stamp.parent.mkdir(parents=True, exist_ok=True)
+                stamp.touch()
     finally:
-        if sum(map(_wait, processes)) == num_processes:
-            stamp.parent.mkdir(parents=True, exist_ok=True)
-            stamp.touch()
-        seconds = time.perf_counter() - started
-        log.info("%d kernels built in %d processes, done after %.1f s", len(launches), num_processes, seconds)
+        for process in processes:
+            process.kill()  # one that has ended is left alone
+            process.wait()
+    seconds = time.perf_counter() - started
+    log.info("%d kernels built in %d processes, done after %.1f s", len(launches), len(processes), seconds)
 
 
 def keep_one_cache() -> None:
@@ -109,7 +120,7 @@ def keep_one_cache() -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
 
 
-def compile_launches(launches: Sequence[dict[str, Any]]) -> int:
+def compile_launches(launches: Iterable[dict[str, Any]]) -> int:
     """Compile Launches, given as dicts, into Triton's cache; the number of those that cannot be compiled."""
     from triton.runtime import driver
 
@@ -149,25 +160,25 @@ def _start(launches: Sequence[Launch]) -> subprocess.Popen[bytes]:
         file.write(json.dumps([asdict(launch) for launch in launches]).encode())
         file.seek(0)
         return subprocess.Popen(
-            [sys.executable, "-m", _BUILDER],
+            [sys.executable, "-P", "-m", _BUILDER],  # what lies in the working folder is not ours
             stdin=file,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
 
 
-def _wait(process: subprocess.Popen[bytes]) -> bool:
+def _is_done(process: subprocess.Popen[bytes], deadline: float) -> bool:
     try:
-        return process.wait(_PATIENCE) == 0
+        return process.wait(max(deadline - time.perf_counter(), 0)) == 0
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
         return False
 
 
 def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
-    return 1 if compile_launches(json.load(sys.stdin)) else 0
+    parent = os.getppid()
+    wanted = itertools.takewhile(lambda _: os.getppid() == parent, json.load(sys.stdin))  # by nobody once it has died
+    return 1 if compile_launches(wanted) else 0
 
 
 if __name__ == "__main__":
