@@ -33,3 +33,24 @@ def test_compiled_layers_give_the_same_text_from_one_compilation(
     assert outputs[0] == outputs[1]
     assert caplog.text.count("layers compiled in") == 1, "another engine of the model finds them compiled"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_layers_of_too_many_kinds_run_as_they_are(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GPT-2's whose attention is scaled by each layer's number."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    prompts = random_prompts(3, seed=5)
+    outputs = []
+    for is_compiled in (False, True):
+        model = build_model("gpt2")
+        for number, layer in enumerate(model.transformer.h):
+            layer.attn.scaling = 0.1 / (number + 1)
+        settings = EngineSettings(device="cpu", dtype="float32", kv_tokens=1024, compile=is_compiled)
+        engine = Engine(adopt(model, settings), settings)
+        outputs.append(drive(engine, [new_sequence(i, prompt, 8) for i, prompt in enumerate(prompts)]).outputs)
+
+    assert outputs[0] == outputs[1]
+    assert "layers run uncompiled: Hard failure" in caplog.text

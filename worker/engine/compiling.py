@@ -52,7 +52,8 @@ def compile_layers(loaded: LoadedModel) -> bool:
     try:
         with attention.running(WholeStep()):
             model(input_ids=tokens.unsqueeze(0), use_cache=False)
-    except (RuntimeError, TypeError, AttributeError) as error:  # torch's own errors are RuntimeErrors
+    # torch's own errors are RuntimeErrors, but the one of layers that are of more kinds than it compiles.
+    except (RuntimeError, TypeError, AttributeError, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
         for layer in layers:
             layer._compiled_call_impl = None
         log.warning("layers run uncompiled: %s", " ".join(str(error).split("\n")[:2]))
