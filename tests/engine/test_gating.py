@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protocol.settings import EngineSettings
@@ -55,6 +56,18 @@ def test_what_is_not_gated_or_does_not_fit_the_kernel_stays(family: str, interme
     assert gate_layers(model, model.config) == 0
 
     assert torch.equal(logits_of(model), expected)
+
+
+def test_a_module_whose_only_other_part_takes_something_else_stays() -> None:
+    model = build("llama")
+
+    class Shaped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(x) * (x.shape[2] / x.shape[2])
+
+    model.model.layers[0].mlp.act_fn = Shaped()
+
+    assert gate_layers(model, model.config) == 1
 
 
 def test_a_module_that_does_more_stays_as_it_was() -> None:

@@ -98,7 +98,7 @@ def _activation(modules: list[nn.Module]) -> str | None:
     points = torch.linspace(-6, 6, 97)
     try:
         given = modules[0](points)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError):
         return None
     return next((name for name, known in ACTIVATIONS.items() if torch.allclose(known(points), given, atol=1e-5)), None)
 

@@ -38,7 +38,7 @@ class ModuleCall:
         try:
             with attention.running(WholeStep()):
                 output = module(*self.arguments, **self.keywords)
-        except (RuntimeError, TypeError, ValueError, AttributeError):
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError):
             return False
         return _agree(output, self.output)
 
