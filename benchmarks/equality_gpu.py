@@ -239,6 +239,7 @@ def attempt(name: str, failures: dict[str, str], action: Callable[[], dict[str, 
         failures[name] = f"{type(error).__name__}: {error}"
         return None
     finally:
+        torch.compiler.reset()  # the layers of all families together are of more kinds than it compiles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

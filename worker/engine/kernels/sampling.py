@@ -106,15 +106,6 @@ def sample_rows(
     return tokens
 
 
-def build(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile all of it, by drawing two tokens."""
-    with torch.inference_mode(), torch.cuda.device(device):
-        logits = torch.zeros(2, vocab_size, dtype=dtype, device=device)
-        whole = torch.zeros(2, dtype=torch.int64, device=device)
-        floats = torch.ones(2, dtype=torch.float32, device=device)
-        sample_rows(logits, whole, floats, floats, whole, floats, whole, whole, whole)
-
-
 @triton.jit
 def _mix64(x):
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
