@@ -32,7 +32,8 @@ def write_null_model(folder: Path) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    model = {"type": "WordLevel", "vocab": {"<unk>": 0, ANSWER: _ANSWER_ID}, "unk_token": "<unk>"}
+    # One word alone would look like what transformers makes up where there is no tokenizer.
+    model = {"type": "WordLevel", "vocab": {"<unk>": 0, ANSWER: _ANSWER_ID, "not said": 2}, "unk_token": "<unk>"}
     tokenizer: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
@@ -44,7 +45,7 @@ def write_null_model(folder: Path) -> Path:
     files = {
         "tokenizer.json": tokenizer,
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"},
-        "config.json": {"model_type": "llama", "vocab_size": 2},
+        "config.json": {"model_type": "llama", "vocab_size": 3},
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -84,7 +85,7 @@ def _ready() -> EngineReady:
         dtype="none",
         attention_backend="none",
         versions={},
-        vocab_size=2,
+        vocab_size=3,
     )
 
 
