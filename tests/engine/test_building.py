@@ -43,7 +43,7 @@ def pretended_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from worker.engine.kernels import paged_decode
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(paged_decode, "_num_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(paged_decode, "num_multiprocessors", lambda device: 132)
     for module in (rehearsal, kv_cache, row_state):
         monkeypatch.setattr(module, "triton_obstacle", lambda device: None)
     monkeypatch.setattr(scorer, "_has_kernel", lambda device: True)

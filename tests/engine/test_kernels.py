@@ -68,7 +68,7 @@ def test_decode_compiles_for_hopper(heads: int, kv_heads: int, head_dim: int, mo
     from worker.engine.kernels.paged_decode import decode
     from worker.engine.kernels.prefix_groups import PrefixGroups
 
-    monkeypatch.setattr(paged_decode, "_num_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(paged_decode, "num_multiprocessors", lambda device: 132)
     block_size, num_rows = 256, 48
     query = torch.zeros(num_rows, heads, head_dim, dtype=torch.bfloat16)
     k_cache, v_cache = torch.zeros(2, 2, block_size, kv_heads, head_dim, dtype=torch.bfloat16)
@@ -103,7 +103,7 @@ def test_decode_is_compiled_a_few_times_for_all_numbers_of_rows(monkeypatch: pyt
     from worker.engine.kernels.decode_plan import plan_decode
     from worker.engine.kernels.decode_variant import DECODE
 
-    monkeypatch.setattr(paged_decode, "_num_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(paged_decode, "num_multiprocessors", lambda device: 132)
     k_cache, v_cache = torch.zeros(2, 2, 64, 8, 128, dtype=torch.bfloat16)
     with compiled() as found:
         for num_rows in graph_sizes(1024):
@@ -230,7 +230,7 @@ def test_products_compile_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     from worker.engine.kernels import product as products
     from worker.engine.kernels.product import gate, product
 
-    monkeypatch.setattr(products, "_num_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(products, "num_multiprocessors", lambda device: 132)
     x, weight = torch.zeros(2048, 1024, dtype=torch.bfloat16), torch.zeros(6144, 1024, dtype=torch.bfloat16)
     with compiled() as found:
         for activation in (None, "silu", "gelu_tanh"):

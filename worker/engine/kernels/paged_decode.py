@@ -13,14 +13,13 @@ X tiles of rows that share a prefix, P rows in such a tile, T tiles of tokens, L
 key/value head.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from worker.engine.kernels.decode_plan import FIRST_BIT, LAST_BIT, LOW_SHIFT, DecodePlan
+from worker.engine.kernels.multiprocessors import num_multiprocessors
 from worker.engine.kernels.prefix_groups import PrefixGroups
 
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -58,7 +57,7 @@ def decode(
     else:
         output = torch.empty(num_rows, num_heads, head_dim, dtype=torch.float32, device=device)
         lse = torch.full((num_rows, num_heads), -torch.inf, dtype=torch.float32, device=device)
-    num_programs = max(_num_multiprocessors(device) * variant.programs_per_sm // num_kv_heads, 1)
+    num_programs = max(num_multiprocessors(device) * variant.programs_per_sm // num_kv_heads, 1)
     # Of a row whose beginning, and one whose end, lies with another program.
     parts = torch.empty(2 * num_programs, num_kv_heads, num_queries, head_pad, dtype=torch.float32, device=device)
     part_lse = torch.empty(2 * num_programs, num_kv_heads, num_queries, dtype=torch.float32, device=device)
@@ -107,12 +106,6 @@ def decode(
         num_stages=variant.num_stages,
     )
     return output, lse
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    """What the grid is made for; a small grid where kernels are interpreted on a CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 5
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -11,14 +11,13 @@ the least. Operands come by the tensor memory accelerator, so this is for comput
 Letters: T tokens, I inputs, O outputs.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from worker.engine.kernels.multiprocessors import num_multiprocessors
 from worker.engine.kernels.plain import GATE_BLOCK
 
 #: A tile's tokens, outputs and inputs at a time, and rows of tiles that are computed at the same time.
@@ -45,7 +44,7 @@ def product(x: Tensor, weight: Tensor, activation: str | None = None) -> Tensor:
         x = x.clone()
     num_outputs = num_rows if activation is None else num_rows // 2
     output = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
-    num_programs = _num_multiprocessors(x.device)
+    num_programs = num_multiprocessors(x.device)
     _multiply[(num_programs,)](
         TensorDescriptor.from_tensor(x, [_TOKENS, _INPUTS]),
         TensorDescriptor.from_tensor(weight, [_OUTPUTS, _INPUTS]),
@@ -73,12 +72,6 @@ def gate(both: Tensor, activation: str) -> Tensor:
         both, output, num_outputs, BLOCK=GATE_BLOCK, PIECE=_PIECE, ACTIVATION=activation, num_warps=4
     )
     return output
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    """Programs at a time; few where kernels are interpreted on a CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
