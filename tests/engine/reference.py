@@ -8,19 +8,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from protocol.frames import NewSequence, TokenScores
 from protocol.settings import EngineSettings
 from tests.engine.families import FAMILIES, VOCAB_SIZE
+from worker.engine import attention
 from worker.engine.engine import Engine
+from worker.engine.probe import WholeStep
 
 #: Where the reference's best two logits are closer than this, float32 rounding may decide.
 MIN_GAP = 1e-4
+#: Models are adopted as they are.
+UNFUSED = EngineSettings(device="cpu", dtype="float32", fuse_weights=False)
 
 
 def build_model(family: str) -> Any:
     """A tiny random model of that family."""
     return FAMILIES[family].build()
+
+
+@torch.inference_mode()
+def logits_of(model: Any) -> Tensor:
+    """Of one text, by a model that has been adopted: (1, tokens, V)."""
+    with attention.running(WholeStep()):
+        logits: Tensor = model(input_ids=torch.arange(40).unsqueeze(0), use_cache=False).logits
+    return logits
 
 
 def random_prompts(num: int, seed: int, max_len: int = 60, vocab_size: int = VOCAB_SIZE) -> list[list[int]]:

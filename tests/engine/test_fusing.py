@@ -7,21 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from protocol.settings import EngineSettings
-from tests.engine.reference import build_model
-from worker.engine import attention
+from tests.engine.reference import UNFUSED, build_model, logits_of
 from worker.engine.fusing import fuse_linears
 from worker.engine.loader import adopt
-from worker.engine.probe import WholeStep
-
-UNFUSED = EngineSettings(device="cpu", dtype="float32", fuse_weights=False)
-
-
-@torch.inference_mode()
-def logits_of(model: Any) -> Tensor:
-    with attention.running(WholeStep()):
-        logits: Tensor = model(input_ids=torch.arange(40).unsqueeze(0), use_cache=False).logits
-    return logits
 
 
 @pytest.mark.parametrize(("family", "num_fused"), [("qwen2", 10), ("gemma3", 10), ("phi3", 0), ("gpt2", 0)])

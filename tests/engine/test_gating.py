@@ -9,24 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from protocol.settings import EngineSettings
 from tests.engine.families import FAMILIES
-from worker.engine import attention, wide_linears
+from tests.engine.reference import UNFUSED, logits_of
+from worker.engine import wide_linears
 from worker.engine.gating import GatedLayer, gate_layers
 from worker.engine.kernels import obstacle
 from worker.engine.kernels.plain import GATE_BLOCK
 from worker.engine.loader import adopt
-from worker.engine.probe import WholeStep
 from worker.engine.wide_linears import WideLinear, replace_wide_linears
-
-UNFUSED = EngineSettings(device="cpu", dtype="float32", fuse_weights=False)
-
-
-@torch.inference_mode()
-def logits_of(model: Any) -> Tensor:
-    with attention.running(WholeStep()):
-        logits: Tensor = model(input_ids=torch.arange(40).unsqueeze(0), use_cache=False).logits
-    return logits
 
 
 def build(family: str, intermediate_size: int = 2 * GATE_BLOCK) -> Any:
