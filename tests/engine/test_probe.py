@@ -1,7 +1,9 @@
 """What the probes find out about models that look runnable and are not, or not in the usual way."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,3 +71,33 @@ def test_a_model_that_looks_ahead_is_refused_however_small_its_weights() -> None
     )  # fmt: skip
     with pytest.raises(ConfigurationError, match="not supported"):
         adopt(BertLMHeadModel(config).eval(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("Phimoe", {"sliding_window": 16, "num_local_experts": 4}, "layer 0 looks less far"),  # its masks alone know
+        ("DiffLlama", {}, "layer 0 attends more than once"),  # with other values each time
+    ],
+)
+def test_a_model_whose_attention_is_not_all_that_its_layers_ask_for_runs_padded(
+    name: str, fields: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, **fields,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    prompt = [7 * i % 64 for i in range(40)]
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0].log_softmax(dim=-1).numpy()
+
+    with caplog.at_level(logging.INFO, logger="millrace.engine"):
+        engine = Engine(adopt(model, CPU), CPU)
+
+    assert "layout padded" in caplog.text
+    assert reason in caplog.text
+    assert_scores(drive(engine, [new_sequence(1, prompt, 0, score_from=1)]), 1, prompt, 1, 0, expected)

@@ -11,13 +11,13 @@ from torch import nn
 from protocol.errors import ConfigurationError
 from protocol.settings import EngineSettings
 from worker.engine import attention
-from worker.engine.attention import AttentionTerms
 from worker.engine.checkpoint import read_config, read_model
 from worker.engine.dtypes import cache_dtype, choose_dtype
 from worker.engine.fusing import fuse_linears
 from worker.engine.gating import gate_layers
 from worker.engine.kernels.obstacle import product_obstacle
 from worker.engine.kv_cache import LayerShape
+from worker.engine.mask_probe import check_masks
 from worker.engine.memory import check_memory
 from worker.engine.probe import probe_packed, probe_padded, scoring_obstacle
 from worker.engine.wide_linears import replace_wide_linears
@@ -175,8 +175,11 @@ def _try_packed(model: Any, config: Any, max_model_len: int) -> list[LayerShape]
     if not model._can_set_attn_implementation():
         raise ConfigurationError("it does not use the AttentionInterface")
     model.set_attn_implementation(attention.NAME)
-    terms, layers = probe_packed(model, config)
-    _check_windows(config, terms, max_model_len)
+    layers = probe_packed(model, config)
+    for layer, layer_type in enumerate(getattr(config, "layer_types", None) or []):
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise ConfigurationError(f"layer {layer} is of type {layer_type!r}")
+    check_masks(model, config, max_model_len)
     return layers
 
 
@@ -201,17 +204,6 @@ def model_len_limit(config: Any, settings: EngineSettings) -> int:
                 f"{max_model_len}): set engine.max_model_len to {original} or less"
             )
     return max_model_len
-
-
-def _check_windows(config: Any, terms: dict[int, AttentionTerms], max_model_len: int) -> None:
-    """A layer that leaves its window to the mask, which is not built here, would attend to too much."""
-    for layer, layer_type in enumerate(getattr(config, "layer_types", None) or []):
-        window = getattr(config, "sliding_window", None)
-        matters = window is None or window < max_model_len
-        if layer_type == "sliding_attention" and terms[layer].window is None and matters:
-            raise ConfigurationError(f"layer {layer} does not name its sliding window")
-        if layer_type not in ("full_attention", "sliding_attention"):
-            raise ConfigurationError(f"layer {layer} is of type {layer_type!r}")
 
 
 def _unsupported(config: Any, reason: str) -> str:

@@ -27,10 +27,9 @@ _LOOKAHEAD_TOLERANCE = 1e-3
 
 @dataclass
 class _ProbeStep:
-    """Attends within each half of the row, and notes what every layer asked for."""
+    """Attends within each half of the row, and notes what every layer keeps."""
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
-    terms: dict[int, AttentionTerms] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
         if key.shape != value.shape or key.shape[-1] != query.shape[-1]:
@@ -38,14 +37,15 @@ class _ProbeStep:
                 f"layer {layer} has keys of shape {tuple(key.shape[1:])}, values of {tuple(value.shape[1:])} and "
                 f"queries of {tuple(query.shape[1:])}: they must agree"
             )
+        if layer in self.shapes:  # its cache would keep the last of them alone
+            raise ConfigurationError(f"layer {layer} attends more than once")
         self.shapes[layer] = LayerShape(num_kv_heads=key.shape[1], head_dim=key.shape[2])
-        self.terms[layer] = terms
         halves = zip(query.chunk(2), key.chunk(2), value.chunk(2), strict=True)
         return torch.cat([attend_causally(q, k, v, terms) for q, k, v in halves])
 
 
 @torch.inference_mode()
-def probe_packed(model: Any, config: Any) -> tuple[dict[int, AttentionTerms], list[LayerShape]]:
+def probe_packed(model: Any, config: Any) -> list[LayerShape]:
     """Run the same few tokens twice in one packed row; a model fit for packing gives the same logits twice.
 
     Raises ConfigurationError with what speaks against packing.
@@ -67,7 +67,7 @@ def probe_packed(model: Any, config: Any) -> tuple[dict[int, AttentionTerms], li
     first, second = output.logits[0].chunk(2)
     if not _agree(first, second):
         raise ConfigurationError("packed Sequences influence each other, or positions are ignored")
-    return step.terms, [step.shapes[layer] for layer in range(num_layers)]
+    return [step.shapes[layer] for layer in range(num_layers)]
 
 
 @torch.inference_mode()

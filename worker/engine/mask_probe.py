@@ -1,0 +1,70 @@
+"""The mask probe: whether what a model's masks let its tokens see is what its layers ask of their attention.
+
+For our attention transformers builds no masks, so a model that says in them alone how far its layers look would look
+further. Here it builds them once more, for some places of the longest Sequence, while the model runs over a few tokens.
+
+Letters: Q places of queries, L places of keys.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from protocol.errors import ConfigurationError
+from worker.engine import attention
+from worker.engine.attention import terms_of
+from worker.engine.backends.sdpa import attend_causally
+from worker.engine.probe import probe_tokens
+
+#: The implementation's name.
+_NAME = "millrace_masks"
+#: Places that are looked at, at most: a window that is larger than so many tokens is none.
+_MOST_PLACES = 1 << 20
+
+
+@torch.inference_mode()
+def check_masks(model: Any, config: Any, max_model_len: int) -> None:
+    """Raises ConfigurationError for a layer whose mask is not the one that its window and causality make."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ids = probe_tokens(model, config)
+    last = min(max_model_len, _MOST_PLACES) - 1
+    queries = torch.tensor([[0], [last // 2], [last]], device=ids.device)  # (Q, 1)
+    keys = torch.arange(last + 1, device=ids.device)[None]  # (1, L)
+
+    def mask(*_: Any, mask_function: Any, **others: Any) -> Tensor:
+        seen: Tensor = mask_function(0, 0, queries, keys)
+        return seen.expand(len(queries), keys.shape[1])[None, None]
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,  # (1, H, T, E)
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        terms = terms_of(module, query, None, scaling, sliding_window, softcap, others)
+        expected = keys <= queries
+        if terms.window is not None:
+            expected = expected & (keys > queries - terms.window)
+        if attention_mask is not None and not torch.equal(attention_mask[0, 0], expected):
+            layer = getattr(module, "layer_idx", "?")
+            raise ConfigurationError(f"layer {layer} looks less far, or elsewhere, than it asks its attention to")
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return attend_causally(q, k, v, terms).unsqueeze(0), None
+
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, mask)
+    model.set_attn_implementation(_NAME)
+    try:
+        model(input_ids=ids.unsqueeze(0), use_cache=False)
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise ConfigurationError(f"it does more with its masks than hand them on: {error}") from error
+    finally:
+        model.set_attn_implementation(attention.NAME)
