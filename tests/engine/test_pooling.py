@@ -77,6 +77,18 @@ def test_embeddings_equal_transformers_one_at_a_time(family: str, pooled_folder:
     assert_embeddings(engine, load(folder), stated.pooling)
 
 
+def test_a_model_with_attention_of_its_own_keeps_the_one_that_transformers_chose(tmp_path: Path) -> None:
+    """Falcon's plain attention adds its biases for distance twice."""
+    torch.manual_seed(0)
+    fields = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.FalconConfig(**fields, alibi=True, initializer_range=0.3)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+
+    engine = start(tmp_path, task="embed", max_model_len=128)
+
+    assert_embeddings(engine, transformers.AutoModel.from_pretrained(tmp_path).eval(), "last")
+
+
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_every_pooling_in_every_layout(layout: str, pooling: str, pooled_folder: Folder) -> None:

@@ -101,3 +101,22 @@ def test_a_model_whose_attention_is_not_all_that_its_layers_ask_for_runs_padded(
     assert "layout padded" in caplog.text
     assert reason in caplog.text
     assert_scores(drive(engine, [new_sequence(1, prompt, 0, score_from=1)]), 1, prompt, 1, 0, expected)
+
+
+def test_a_model_with_attention_of_its_own_keeps_the_one_that_transformers_chose(tmp_path: Path) -> None:
+    """Falcon's plain attention adds its biases for distance twice."""
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    torch.manual_seed(0)
+    fields = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(FalconConfig(**fields, alibi=True, initializer_range=0.3)).save_pretrained(
+        tmp_path
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = [7 * i % 64 for i in range(40)]
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0].log_softmax(dim=-1).numpy()
+
+    engine = Engine.start(EngineSettings(model=str(tmp_path), device="cpu", kv_tokens=256, max_model_len=128))
+
+    assert_scores(drive(engine, [new_sequence(1, prompt, 0, score_from=1)]), 1, prompt, 1, 0, expected)

@@ -128,6 +128,8 @@ class AttentionStep:
 
 
 _running: Step | None = None
+#: Names that transformers knows from here.
+_registered: set[str] = set()
 
 
 @contextmanager
@@ -182,6 +184,13 @@ def register_as(name: str, attend: Attend, keyword: str | None = None) -> None:
 
     assert name not in ALL_MASK_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    _registered.add(name)
+
+
+def leave_to(model: Any) -> None:
+    """A model that takes no attention of others runs its own, with masks that are made by the name in its config."""
+    if model.config._attn_implementation in _registered:  # else it is one that transformers chose for it
+        model.config._attn_implementation = "eager"
 
 
 def _attend_in_step(

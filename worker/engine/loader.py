@@ -162,7 +162,7 @@ def _choose_layout(
     if model._can_set_attn_implementation():
         model.set_attn_implementation("sdpa" if has_sdpa else "eager")
     else:
-        model.config._attn_implementation = "eager"  # what it computes anyway; its masks are made by this name
+        attention.leave_to(model)
     try:
         layers = probe_padded(model, config)
     except ConfigurationError as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 from protocol.errors import ConfigurationError
 from protocol.settings import EngineSettings
 from worker.engine import text_attention
+from worker.engine.attention import leave_to
 from worker.engine.checkpoint import read_config, read_model
 from worker.engine.classification_head import ClassificationHead, activation_of, find_head, labels_of
 from worker.engine.dtypes import choose_dtype
@@ -191,7 +192,7 @@ class _Probe:
         if model._can_set_attn_implementation():
             model.set_attn_implementation("eager")
         else:
-            model.config._attn_implementation = "eager"  # what it computes anyway; its masks are made by this name
+            leave_to(model)
         self.backbone = backbone
         self.texts = [_tokens(num, config, backbone.device) for num in _lengths(config)]
         self.tolerance = _TOLERANCE.get(backbone.dtype, _ROUGH_TOLERANCE)
