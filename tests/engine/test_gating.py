@@ -78,6 +78,30 @@ def test_a_module_that_does_more_stays_as_it_was() -> None:
     assert isinstance(model.model.layers[1].mlp.up_proj, nn.Linear)
 
 
+@pytest.mark.parametrize(("scale", "num_gated"), [(0.005, 2), (1e-9, 0)])
+def test_the_half_that_comes_first_need_not_be_the_gate(scale: float, num_gated: int) -> None:
+    """Of small halves either is nearly the gate, and of the smallest it cannot be told which is."""
+    model = build("llama")
+
+    def forward(mlp: Any, x: Tensor) -> Tensor:
+        other = mlp.up_proj(x)
+        output: Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * other)
+        return output
+
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        mlp.__class__ = type("OtherFirst", (type(mlp),), {"forward": forward})
+        with torch.no_grad():
+            for name in ("gate_proj", "up_proj"):
+                getattr(mlp, name).weight.mul_(scale)
+            mlp.down_proj.weight.div_(scale**2)
+    expected = logits_of(model)
+
+    assert gate_layers(model, model.config) == num_gated
+
+    assert torch.allclose(logits_of(model), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("differs", ["in what it does", "in its size"])
 def test_each_module_of_a_class_is_held_to_what_it_gave(differs: str) -> None:
     """A class may leave out a part of its activation in some layers, or have layers of several sizes."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worker.engine.kernels.plain import GATE_BLOCK, plain_gate
-from worker.engine.module_calls import ModuleCall, watch_calls
+from worker.engine.module_calls import TOLERANCE, ModuleCall, watch_calls
 
 log = logging.getLogger("millrace.engine")
 
@@ -26,6 +26,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+#: So many times further off is the half that is not the gate in the gate's place.
+_DISTINCTION = 4
 #: Tokens from which one kernel for product and activation is faster than two.
 LEAST_TOKENS = 1024
 
@@ -69,12 +71,17 @@ def _gated_layer(module: nn.Module, call: ModuleCall) -> GatedLayer | None:
     """What gives the same as this module. Others of its class may be of another size, or do something else."""
     if not set(call.linears.values()) == {1} == {call.num_calls}:
         return None
-    return next((layer for layer in _candidates(module, tuple(call.linears)) if call.is_repeated_by(layer)), None)
+    tried = [(call.difference_from(layer), layer) for layer in _candidates(module, tuple(call.linears))]
+    if not tried:
+        return None
+    # What an activation of next to nothing gives is next to the same whichever half is the gate.
+    (least, best), (other, _) = sorted(tried, key=lambda pair: pair[0])
+    return best if least <= TOLERANCE and other > _DISTINCTION * least else None
 
 
 def _candidates(module: nn.Module, names: tuple[str, ...]) -> Iterator[GatedLayer]:
-    """What a module may be, if it is gated at all: one half or the other is the gate. `names` are those of its linears
-    that are given its input."""
+    """What a module may be, if it is gated at all, which is two things: one half or the other is the gate. `names` are
+    those of its linears that are given its input."""
     children = dict(module.named_children())
     linears = {name: child for name, child in children.items() if type(child) is nn.Linear}
     activation = _activation([x for x in children.values() if type(x) not in (nn.Linear, nn.Dropout)])

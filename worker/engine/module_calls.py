@@ -3,6 +3,7 @@
 What they gave then is what they must give after they have been changed.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from worker.engine import attention
 from worker.engine.probe import WholeStep, probe_tokens
 
 #: What an output may differ by, of its size, when the same products are summed in another order.
-_TOLERANCE = 0.02
+TOLERANCE = 0.02
 
 
 @dataclass
@@ -35,12 +36,16 @@ class ModuleCall:
 
     def is_repeated_by(self, module: nn.Module) -> bool:
         """Whether a module, called in the same way, gives the same."""
+        return self.difference_from(module) <= TOLERANCE
+
+    def difference_from(self, module: nn.Module) -> float:
+        """Of what a module, called in the same way, gives, as a part of it; infinite where it is something else."""
         try:
             with attention.running(WholeStep()):
                 output = module(*self.arguments, **self.keywords)
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError):
-            return False
-        return _agree(output, self.output)
+            return math.inf
+        return _difference(output, self.output)
 
 
 @torch.inference_mode()
@@ -84,13 +89,13 @@ def _note(parent: nn.Module, name: str, calls: dict[nn.Module, ModuleCall]) -> A
     return before
 
 
-def _agree(one: Any, other: Any) -> bool:
+def _difference(one: Any, other: Any) -> float:
     """Outputs are tensors, or tuples of tensors and whatever else."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         if one.shape != other.shape or not one.numel():  # nothing says nothing
-            return False
-        difference = (one.float() - other.float()).norm()
-        return bool(difference <= _TOLERANCE * other.float().norm())
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(_agree(a, b) for a, b in zip(one, other, strict=True))
-    return type(one) is type(other)
+            return math.inf
+        difference, size = float((one.float() - other.float()).norm()), float(other.float().norm())
+        return difference / size if size > 0 else 0.0 if difference == 0 else math.inf
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        return max((_difference(a, b) for a, b in zip(one, other, strict=True)), default=0.0)
+    return 0.0 if type(one) is type(other) and not isinstance(one, tuple) else math.inf
