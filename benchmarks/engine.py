@@ -103,6 +103,7 @@ def main() -> int:
     parser.add_argument("--max-batch-tokens", type=int)
     parser.add_argument("--memory-fraction", type=float, default=0.9)
     parser.add_argument("--kv-dtype", choices=["auto", "float8"], default="auto")
+    parser.add_argument("--quantization", choices=["none", "float8", "int8"], default="none")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-fuse", action="store_true")
@@ -119,6 +120,7 @@ def main() -> int:
         max_batch_tokens=arguments.max_batch_tokens,
         memory_fraction=arguments.memory_fraction,
         kv_dtype=arguments.kv_dtype,
+        quantization=arguments.quantization,
         graphs=not arguments.no_graphs,
         compile=False if arguments.no_compile else None,
         fuse_weights=not arguments.no_fuse,
@@ -175,6 +177,7 @@ def measure(engine: Engine, name: str, num_runs: int, scale: float, sampling: di
         "max_num_seqs": engine.scheduler.max_num_seqs,
         "max_batch_tokens": engine.scheduler.max_batch_tokens,
         "kv_tokens": engine.scheduler.blocks.capacity,
+        "quantization": engine.loaded.quantization,
         "kv_dtype": str(engine.loaded.kv_dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if is_cuda else platform.processor() or "cpu",
         "versions": engine.ready().versions,

@@ -251,11 +251,14 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--kv-dtype", default="auto", choices=["auto", "float8"], help="float8: see how far it is off")
+    parser.add_argument(
+        "--quantization", default="none", choices=["none", "float8", "int8"], help="as above, of weights of 8 bits"
+    )
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     is_small = device.type == "cpu"
     common = {"device": arguments.device, "attention": arguments.attention, "dtype": arguments.dtype}
-    common["kv_dtype"] = arguments.kv_dtype
+    common |= {"kv_dtype": arguments.kv_dtype, "quantization": arguments.quantization}
     # A small budget and a cache of a few dozen blocks: chunked prefill beside decode, and preemption, all occur.
     settings = EngineSettings(
         **common,

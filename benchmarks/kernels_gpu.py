@@ -1,6 +1,6 @@
 """Each Triton kernel on a GPU: held to its plain twin in float64, and timed over shapes and variants.
 
-    python3 -m benchmarks.kernels_gpu [--only check,decode,prefix,prefill,write,score,product] [--seconds 240]
+    python3 -m benchmarks.kernels_gpu [--only check,decode,prefix,prefill,write,score,product,quantized] [--seconds 240]
 
 Times are medians of CUDA graph replays. A graph runs through several layers' caches, so that none is found in the
 L2 cache, as in a model. Prints one line per measurement, then one JSON object as the last line; a variant that fails
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.kernel_report import DEVICE, Report, time_graph
 from benchmarks.products_gpu import time_products
+from benchmarks.quantized_gpu import time_quantized
 from benchmarks.scores_gpu import time_scores
 from worker.engine.kernels.decode_plan import plan_decode
 from worker.engine.kernels.decode_variant import DECODE, PREFIX, DecodeVariant
@@ -407,6 +408,7 @@ PARTS: dict[str, Callable[[Report], None]] = {
     "write": time_write,
     "score": time_scores,
     "product": time_products,
+    "quantized": time_quantized,
     "prefill": time_prefill,
     "prefix": time_prefix,
 }

@@ -77,10 +77,16 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=600)
     parser.add_argument("--score", action="store_true", help="profile steps that score prompts of --tokens tokens")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--quantization", choices=["none", "float8", "int8"], default="none")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--trace", type=Path, help="write a trace for chrome://tracing here")
     arguments = parser.parse_args()
-    settings = EngineSettings(device=arguments.device, attention=arguments.backend, max_model_len=4096)
+    settings = EngineSettings(
+        device=arguments.device,
+        attention=arguments.backend,
+        quantization=arguments.quantization,
+        max_model_len=4096,
+    )
     loaded = adopt(build_model(arguments.shape, settings), settings)
     engine = Engine(loaded, settings)
     num_rows, num_out = (0, 0) if arguments.score else (arguments.rows, 8 * NUM_STEPS)

@@ -82,6 +82,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     dtype: str = "auto"
     """What weights and activations are computed in; auto is bfloat16 on CUDA, on a CPU float32, but for
     large models kept in bfloat16 where the CPU computes in it natively."""
+    quantization: Literal["none", "float8", "int8"] = "none"
+    """What the weights of the model's layers are rounded to at load, and what they are multiplied with as it comes:
+    float8 (e4m3) or int8, half as large and less exact."""
     task: str = "auto"
     """What the model is for: `generate` (and score), `embed` or `classify`; auto: what its files say."""
     pooling: str = "auto"

@@ -58,12 +58,16 @@ class Reference:
         return len({token for output in self.outputs for token in output})
 
 
-@torch.inference_mode()
 def make_reference(folder: Path, prompts: list[list[int]], num_tokens: int) -> Reference:
     from transformers import AutoModelForCausalLM
 
     # "eager" computes every family's terms; SDPA leaves a softcap out.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return reference_of(model, prompts, num_tokens)
+
+
+@torch.inference_mode()
+def reference_of(model: Any, prompts: list[list[int]], num_tokens: int) -> Reference:
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     reference = Reference(prompts)
     for prompt in prompts:

@@ -1,6 +1,7 @@
 """Compiled layers: the same text, one compilation for all layers and lengths."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +15,20 @@ from worker.engine.loader import adopt
 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize("quantization", ["none", "float8", "int8"])
 def test_compiled_layers_give_the_same_text_from_one_compilation(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    quantization: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch._dynamo.reset()
     # As many as a hidden state has numbers, as Qwen3-0.6B's 1024 are on a GPU.
     monkeypatch.setattr(compiling, "_CPU_TOKENS", build_model("qwen3").config.hidden_size)
     prompts = random_prompts(10, seed=4)
     outputs = []
     torch._dynamo.utils.counters.clear()
     for is_compiled in (False, True):
-        settings = EngineSettings(device="cpu", dtype="float32", kv_tokens=4096, compile=is_compiled, lookahead=1)
+        settings = EngineSettings(
+            device="cpu", dtype="float32", kv_tokens=4096, quantization=quantization, compile=is_compiled, lookahead=1
+        )
         with caplog.at_level(logging.INFO, logger="millrace.engine"):
             engine = Engine(adopt(build_model("qwen3"), settings), settings)
         outputs.append(drive(engine, [new_sequence(i, prompt, 16) for i, prompt in enumerate(prompts)]).outputs)

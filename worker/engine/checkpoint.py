@@ -32,7 +32,8 @@ def read_config(folder: Path, supported: str) -> Any:
         raise ConfigurationError(_cannot_load(folder, error, supported)) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigurationError(
-            f"the model in {folder} is quantized, which the engine does not run yet: use its unquantized original"
+            f"the model in {folder} is quantized, which the engine does not run yet: use its unquantized original, "
+            "with engine.quantization float8 or int8"
         )
     return config
 

@@ -120,8 +120,7 @@ class Engine:
             torch.set_num_threads(settings.num_threads)
         folder = resolve_folder(settings.model, settings.revision)
         loaded = load_model(folder, settings)
-        quantization = "none" if loaded.kv_dtype == loaded.dtype else f"kv-{settings.kv_dtype}"
-        return cls(loaded, settings, fingerprint(files_digest(folder), loaded.dtype_name, quantization))
+        return cls(loaded, settings, fingerprint(files_digest(folder), loaded.dtype_name, loaded.rounding))
 
     @property
     def has_work(self) -> bool:

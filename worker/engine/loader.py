@@ -20,6 +20,7 @@ from worker.engine.kv_cache import LayerShape
 from worker.engine.mask_probe import check_masks
 from worker.engine.memory import check_memory
 from worker.engine.probe import probe_packed, probe_padded, scoring_obstacle
+from worker.engine.quantizing import check_quantization, quantize_linears
 from worker.engine.wide_linears import replace_wide_linears
 
 log = logging.getLogger("millrace.engine")
@@ -44,10 +45,17 @@ class LoadedModel:
     layout: str = "packed"
     attention: str = attention.NAME  # transformers' name of it
     scoring_obstacle: str | None = None  # why prompts cannot be scored, if they cannot
+    quantization: str = "none"  # of the layers' weights
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def rounding(self) -> str:
+        """What is kept in 8 bits, as the fingerprint names it."""
+        weights = [] if self.quantization == "none" else [self.quantization]
+        return "+".join([*weights, *([] if self.kv_dtype == self.dtype else ["kv-float8"])]) or "none"
 
 
 def choose_device(settings: EngineSettings) -> torch.device:
@@ -81,6 +89,7 @@ def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
 
     device = take_device(settings)
     dtype = choose_dtype(settings, device, folder)
+    check_quantization(settings.quantization, device, dtype)
     attention.register()
     config = read_config(folder, _SUPPORTED)
     check_memory(folder, device, dtype, settings)
@@ -107,13 +116,17 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
             f"engine.kv_dtype={settings.kv_dtype!r} is for the packed layout, and this model runs padded: use auto"
         )
     weight = model.get_input_embeddings().weight
-    if layout == "packed" and settings.fuse_weights:
-        has_products = product_obstacle(weight.device, weight.dtype) is None
-        if has_products:
-            gate_layers(model, config)
+    is_fused, is_quantized = layout == "packed" and settings.fuse_weights, settings.quantization != "none"
+    has_products = is_fused and product_obstacle(weight.device, weight.dtype) is None
+    if has_products and not is_quantized:  # its kernel multiplies 16 bits
+        gate_layers(model, config)
+    if is_fused:
         fuse_linears(model, config)
-        if has_products:
-            replace_wide_linears(model)
+    if is_quantized:
+        check_quantization(settings.quantization, weight.device, weight.dtype)
+        quantize_linears(model, config, settings.quantization)
+    if has_products:
+        replace_wide_linears(model)
     loaded = LoadedModel(
         model,
         weight.device,
@@ -125,6 +138,7 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
         layout,
         model.config._attn_implementation,
         scoring_obstacle(model, config),
+        settings.quantization,
     )
     if loaded.scoring_obstacle is not None:
         log.warning("prompts cannot be scored: %s", loaded.scoring_obstacle)

@@ -24,6 +24,7 @@ from worker.engine.dtypes import choose_dtype
 from worker.engine.loader import model_len_limit, take_device
 from worker.engine.memory import check_memory
 from worker.engine.pooling import Pooling, StatedPooling, choose_pooling, read_pooling
+from worker.engine.quantizing import check_quantization, quantize_linears
 from worker.engine.task import Task
 from worker.engine.text_attention import Texts, TextStep, choose_text_attention
 
@@ -56,6 +57,7 @@ class PooledModel:
     num_dimensions: int
     vocab_size: int
     attention: str  # transformers' name of it
+    quantization: str = "none"  # of the layers' weights
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +118,7 @@ def load_pooled(folder: Path, task: Task, settings: EngineSettings) -> PooledMod
 
     device = take_device(settings)
     dtype = choose_dtype(settings, device, folder)
+    check_quantization(settings.quantization, device, dtype)
     text_attention.register()
     config = read_config(folder, _SUPPORTED)
     stated = read_pooling(folder, settings) if task == "embed" else StatedPooling()
@@ -152,6 +155,8 @@ def adopt_pooled(model: Any, task: Task, settings: EngineSettings, stated: State
     except (ConfigurationError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise ConfigurationError(_unsupported(config, str(error))) from error
     log.info("layout %s: %s", layout, reason)
+    if settings.quantization != "none":
+        quantize_linears(model.base_model, config, settings.quantization)
     limit = model_len_limit(config, settings) - backbone.first_position
     pooled = PooledModel(
         task=task,
@@ -165,6 +170,7 @@ def adopt_pooled(model: Any, task: Task, settings: EngineSettings, stated: State
         num_dimensions=probe.alone[0].shape[-1] if task == "embed" else 0,
         vocab_size=config.vocab_size,
         attention=model.config._attn_implementation,
+        quantization=settings.quantization,
     )
     log.info(
         "model type %s to %s: %d parameters, %s on %s, up to %d tokens a text",

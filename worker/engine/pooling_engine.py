@@ -58,7 +58,10 @@ class PoolingEngine:
             torch.set_num_threads(settings.num_threads)
         folder = resolve_folder(settings.model, settings.revision)
         pooled = load_pooled(folder, task, settings)
-        return cls(pooled, settings, fingerprint(files_digest(folder), pooled.dtype_name, task=pooled.description))
+        digest = files_digest(folder)
+        return cls(
+            pooled, settings, fingerprint(digest, pooled.dtype_name, pooled.quantization, task=pooled.description)
+        )
 
     @property
     def has_work(self) -> bool:
