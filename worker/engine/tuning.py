@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from protocol.errors import ConfigurationError
-from protocol.frames import NewSequence
+from protocol.frames import NewSequence, StepFrame
 from protocol.settings import EngineSettings
 from worker.engine.engine import Engine
 from worker.engine.loader import LoadedModel, load_model
@@ -78,29 +78,21 @@ class Tuner:
                 torch.cuda.empty_cache()
 
     def _run(self, engine: Engine, max_num_seqs: int, max_batch_tokens: int, seconds: float, num_tokens: int) -> Point:
-        rng, next_id = np.random.default_rng(0), 0
         longest = min(2 * num_tokens, self._loaded.max_model_len // 2, engine.scheduler.blocks.capacity // 2)
         if longest < 2:
             raise ConfigurationError("the KV cache is too small to measure anything: raise engine.kv_tokens")
+        load = Load(engine, longest)
+        load.fill(seconds)
         times: list[float] = []
         num_output = num_computed = 0
-        started, filled = time.perf_counter(), False
-        last = started
-        while not filled or last - started < seconds:
-            while engine.scheduler.num_waiting < max_num_seqs:
-                next_id += 1
-                prompt = rng.integers(0, self._loaded.vocab_size, int(rng.integers(1, longest + 1)))
-                num_out = int(rng.integers(1, longest + 1))
-                engine.add(NewSequence(next_id, prompt.astype("<i4").tobytes(), num_out, (), 1.0, 1.0, 0, next_id, 0))
-            running = engine.scheduler.num_running
-            frame = engine.step()
+        started = last = time.perf_counter()
+        while not times or last - started < seconds:
+            frame = load.step()
             now = time.perf_counter()
-            if frame is not None and filled:
+            if frame is not None:
                 times.append(now - last)
                 num_output += len(frame.token_ids) // 4
                 num_computed += frame.num_scheduled_tokens
-            elif running >= max_num_seqs or running == engine.scheduler.num_running > 0 or now - started > seconds:
-                filled, started = True, now  # no more rows than these have room
             last = now
         elapsed = last - started
         return Point(
@@ -112,6 +104,36 @@ class Tuner:
             1e3 * float(np.quantile(times, 0.99)),
             engine.scheduler.blocks.capacity,
         )
+
+
+class Load:
+    """Always more Sequences than an engine may run, of 1 to `longest` random tokens, and as many to come."""
+
+    def __init__(self, engine: Engine, longest: int) -> None:
+        self._engine = engine
+        self._longest = longest
+        self._rng, self._next_id = np.random.default_rng(0), 0
+
+    def step(self) -> StepFrame | None:
+        engine, rng = self._engine, self._rng
+        while engine.scheduler.num_waiting < engine.scheduler.max_num_seqs:
+            self._next_id += 1
+            prompt = rng.integers(0, engine.loaded.vocab_size, int(rng.integers(1, self._longest + 1)))
+            token_ids, num_out = prompt.astype("<i4").tobytes(), int(rng.integers(1, self._longest + 1))
+            engine.add(NewSequence(self._next_id, token_ids, num_out, (), 1.0, 1.0, 0, self._next_id, 0))
+        return engine.step()
+
+    def fill(self, seconds: float) -> None:
+        """Steps until there is no room for more rows, or so much time has passed."""
+        scheduler, started = self._engine.scheduler, time.perf_counter()
+        while time.perf_counter() - started <= seconds:
+            num_running = scheduler.num_running
+            frame = self.step()
+            # Where the tokens of a step were too few, the next one may still have room for a row.
+            has_tokens_left = frame is not None and frame.num_scheduled_tokens < scheduler.max_batch_tokens
+            is_growing = scheduler.num_running != num_running or not num_running
+            if scheduler.num_running >= scheduler.max_num_seqs or (has_tokens_left and not is_growing):
+                return
 
 
 def best_of(points: list[Point]) -> Point:
