@@ -144,8 +144,9 @@ def check_model(settings: Settings) -> Iterator[Finding]:
     Tokenizer(folder)
     device = choose_device(engine)
     dtype = choose_dtype(engine, device, folder)
-    needed, available = weight_bytes(folder, dtype), available_bytes(device, engine)
-    check_memory(folder, device, dtype, engine)
+    quantization = engine.quantization if device.type == "cuda" else "none"
+    needed, available = weight_bytes(folder, dtype, quantization), available_bytes(device, engine)
+    check_memory(folder, device, dtype, engine, quantization)
     yield ok(
         "model",
         f"{folder}, served as {settings.served_model}: weights take {shown_bytes(needed)} of "

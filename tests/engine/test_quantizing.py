@@ -18,9 +18,9 @@ from tests.engine import pooled_families
 from tests.engine.families import FAMILIES
 from tests.engine.pooled_families import plain_embedding
 from tests.engine.reference import build_model, drive, new_sequence, random_prompts, reference_of, settings_for
-from worker.engine import quantizing
+from worker.engine import memory, quantizing
 from worker.engine.engine import Engine
-from worker.engine.loader import adopt
+from worker.engine.loader import adopt, load_model
 from worker.engine.pooling_engine import PoolingEngine
 from worker.engine.quantizing import FORMATS, QuantizedLinear, check_quantization
 
@@ -138,6 +138,21 @@ def test_weights_take_half_and_never_two_copies(monkeypatch: pytest.MonkeyPatch)
         model.model.layers[0].input_layernorm,
     ):
         assert kept.weight.dtype == torch.bfloat16
+
+
+def test_weights_are_counted_as_they_will_be_quantized(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, dtype = model_folder("llama"), torch.bfloat16
+    loaded = load_model(folder, settings_for(folder, quantization="int8", dtype="bfloat16"))
+    scales = [m.scale for m in loaded.model.modules() if isinstance(m, QuantizedLinear)]
+    num_bytes, cuda = memory.weight_bytes(folder, dtype), torch.device("cuda", 0)
+    assert memory.weight_bytes(folder, dtype, "int8") == sum(x.nbytes for x in (*loaded.model.parameters(), *scales))
+
+    monkeypatch.setattr(memory, "available_bytes", lambda device, settings: num_bytes - 1)
+    memory.check_memory(folder, cuda, dtype, EngineSettings(), "int8")
+    with pytest.raises(ConfigurationError, match=r"in bfloat16, and .* on cuda:0.*quantization=int8 or float8"):
+        memory.check_memory(folder, cuda, dtype, EngineSettings())
 
 
 def test_the_fingerprint_tells_what_is_rounded(model_folder: Callable[[str], Path]) -> None:

@@ -4,7 +4,6 @@ with the name of what is wrong.
 
 import json
 import logging
-import re
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from protocol.errors import ConfigurationError
-from worker.engine.model_files import weight_files
+from worker.engine.model_files import LAYER, weight_files
 
 log = logging.getLogger("millrace.engine")
-
-#: The number of a layer in the name of its tensors, whatever the family calls its layers.
-_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
 
 
 def read_config(folder: Path, supported: str) -> Any:
@@ -95,7 +91,7 @@ def _check_weights(folder: Path, config: Any, found: Mapping[str, Collection[str
         )
     num_layers = config.get_text_config().num_hidden_layers
     unexpected = sorted(found["unexpected_keys"])
-    surplus = [name for name in unexpected if any(int(n) >= num_layers for n in _LAYER.findall(name))]
+    surplus = [name for name in unexpected if any(int(n) >= num_layers for n in LAYER.findall(name))]
     if surplus:
         raise ConfigurationError(
             f"the weights in {folder} have more than the {num_layers} layers that config.json names ({surplus[0]}): "

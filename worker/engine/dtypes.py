@@ -42,6 +42,6 @@ def _suits_bfloat16(folder: Path) -> bool:
     if not any(capabilities.get(name) for name in _BFLOAT16_CAPABILITIES):
         return False
     nums: Counter[str] = Counter()
-    for name, num in stored_tensors(folder):
-        nums[name] += num
+    for tensor in stored_tensors(folder):
+        nums[tensor.dtype] += tensor.num_elements
     return 2 * nums["BF16"] > nums.total() >= _MIN_BFLOAT16_PARAMETERS

@@ -18,7 +18,7 @@ from worker.engine.gating import gate_layers
 from worker.engine.kernels.obstacle import product_obstacle
 from worker.engine.kv_cache import LayerShape
 from worker.engine.mask_probe import check_masks
-from worker.engine.memory import check_memory
+from worker.engine.memory import available_bytes, check_memory, weight_bytes
 from worker.engine.probe import probe_packed, probe_padded, scoring_obstacle
 from worker.engine.quantizing import check_quantization, quantize_linears
 from worker.engine.wide_linears import replace_wide_linears
@@ -26,6 +26,8 @@ from worker.engine.wide_linears import replace_wide_linears
 log = logging.getLogger("millrace.engine")
 
 LAYOUTS = ("auto", "packed", "padded")
+#: Part of what is free on a GPU that weights may take there before they are quantized, and some of them fused.
+_MOST_UNQUANTIZED = 0.8
 
 _SUPPORTED = (
     "decoder-only models whose attention goes through transformers' AttentionInterface (among them Llama, Mistral, "
@@ -92,13 +94,21 @@ def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
     check_quantization(settings.quantization, device, dtype)
     attention.register()
     config = read_config(folder, _SUPPORTED)
-    check_memory(folder, device, dtype, settings)
+    check_memory(folder, device, dtype, settings, settings.quantization if device.type == "cuda" else "none")
     model = read_model(AutoModelForCausalLM, folder, config, dtype, attention.NAME, _SUPPORTED)
-    return adopt(model.to(device), settings)
+    if settings.quantization == "none" or _fits_unquantized(folder, device, dtype, settings):
+        model = model.to(device)
+    return adopt(model, settings, device)
 
 
-def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
-    """Check a model that is on its device already, choose its layout and make it ready.
+def _fits_unquantized(folder: Path, device: torch.device, dtype: torch.dtype, settings: EngineSettings) -> bool:
+    """What does not is probed and fused on the CPU, and quantized on its way to the device."""
+    is_small = weight_bytes(folder, dtype) <= _MOST_UNQUANTIZED * available_bytes(device, settings)
+    return device.type != "cuda" or is_small
+
+
+def adopt(model: Any, settings: EngineSettings, device: torch.device | None = None) -> LoadedModel:
+    """Check a model, choose its layout and make it ready. It is on `device` already, unless it is to be quantized.
 
     Raises ConfigurationError when it runs in no layout, not in the one asked for, or not at the length asked for.
     """
@@ -116,20 +126,22 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
             f"engine.kv_dtype={settings.kv_dtype!r} is for the packed layout, and this model runs padded: use auto"
         )
     weight = model.get_input_embeddings().weight
+    device = weight.device if device is None else device
     is_fused, is_quantized = layout == "packed" and settings.fuse_weights, settings.quantization != "none"
-    has_products = is_fused and product_obstacle(weight.device, weight.dtype) is None
+    has_products = is_fused and product_obstacle(device, weight.dtype) is None
     if has_products and not is_quantized:  # its kernel multiplies 16 bits
         gate_layers(model, config)
     if is_fused:
         fuse_linears(model, config)
     if is_quantized:
-        check_quantization(settings.quantization, weight.device, weight.dtype)
-        quantize_linears(model, config, settings.quantization)
+        check_quantization(settings.quantization, device, weight.dtype)
+        quantize_linears(model, config, settings.quantization, device)
+        model.to(device)
     if has_products:
         replace_wide_linears(model)
     loaded = LoadedModel(
         model,
-        weight.device,
+        device,
         weight.dtype,
         cache_dtype(settings, weight.dtype),
         max_model_len,
@@ -148,7 +160,7 @@ def adopt(model: Any, settings: EngineSettings) -> LoadedModel:
         len(layers),
         sum(parameter.numel() for parameter in model.parameters()),
         loaded.dtype_name,
-        weight.device,
+        device,
         max_model_len,
     )
     return loaded

@@ -5,16 +5,19 @@ Imports torch for the device's side alone; weights are counted from their files 
 
 import json
 import logging
+import math
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from protocol.errors import ConfigurationError
 from protocol.settings import EngineSettings
-from worker.engine.model_files import weight_files
+from worker.engine.model_files import LAYER, weight_files
+from worker.engine.quantizing import MULTIPLE
 
 log = logging.getLogger("millrace.engine")
 
@@ -25,31 +28,52 @@ _FRAGMENTS = 0.05
 _MAX_HEADER_BYTES = 1 << 27
 
 
-def check_memory(folder: Path, device: torch.device, dtype: torch.dtype, settings: EngineSettings) -> None:
-    """Raises ConfigurationError when the weights alone are more than what is free."""
-    needed = weight_bytes(folder, dtype)
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    name: str
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def check_memory(
+    folder: Path, device: torch.device, dtype: torch.dtype, settings: EngineSettings, quantization: str = "none"
+) -> None:
+    """Raises ConfigurationError when the weights alone, quantized so, are more than what is free."""
+    needed = weight_bytes(folder, dtype, quantization)
     available = available_bytes(device, settings)
-    log.info(
-        "weights take %.2f GiB in %s; %.2f GiB are available on %s", needed / _GIB, dtype, available / _GIB, device
-    )
+    kept = str(dtype).removeprefix("torch.") + ("" if quantization == "none" else f", quantized to {quantization}")
+    log.info("weights take %.2f GiB in %s; %.2f GiB are available on %s", needed / _GIB, kept, available / _GIB, device)
     if needed <= available:
         return
     smaller = dtype.itemsize > 2
     half = f", engine.dtype=bfloat16 (then {needed * 2 / dtype.itemsize / _GIB:.2f} GiB)" if smaller else ""
+    if device.type == "cuda" and not smaller and quantization == "none":
+        half = f", engine.quantization=int8 or float8 (then {weight_bytes(folder, dtype, 'int8') / _GIB:.2f} GiB)"
     raise ConfigurationError(
-        f"the weights in {folder} take {needed / _GIB:.2f} GiB in {str(dtype).removeprefix('torch.')}, and "
+        f"the weights in {folder} take {needed / _GIB:.2f} GiB in {kept}, and "
         f"{available / _GIB:.2f} GiB are available on {device}{_fraction(device, settings)}: use a device with more "
         f"memory{half} or a smaller model"
     )
 
 
-def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """What the tensors of a folder's weights take once they are floats of `dtype`."""
-    return sum(num for _, num in stored_tensors(folder)) * dtype.itemsize
+def weight_bytes(folder: Path, dtype: torch.dtype, quantization: str = "none") -> int:
+    """What the tensors of a folder's weights take once they are floats of `dtype`, or quantized in the layers."""
+
+    def num_bytes(tensor: StoredTensor) -> int:
+        is_matrix = len(tensor.shape) == 2 and not any(size % MULTIPLE for size in tensor.shape)
+        if quantization != "none" and is_matrix and LAYER.search(tensor.name):
+            return tensor.num_elements + tensor.shape[0] * torch.float32.itemsize
+        return tensor.num_elements * dtype.itemsize
+
+    return sum(map(num_bytes, stored_tensors(folder)))
 
 
-def stored_tensors(folder: Path) -> Iterator[tuple[str, int]]:
-    """The dtype, as safetensors names it, and the number of elements of each tensor of a folder's weights."""
+def stored_tensors(folder: Path) -> Iterator[StoredTensor]:
+    """The tensors of a folder's weights."""
     for path in weight_files(folder):
         yield from _tensors(path)
 
@@ -89,7 +113,7 @@ def _fraction(device: torch.device, settings: EngineSettings) -> str:
     return f" (engine.memory_fraction={settings.memory_fraction})" if device.type == "cuda" else ""
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, int]]:
+def _tensors(path: Path) -> Iterator[StoredTensor]:
     """From the file's header alone; an unreadable file is left to whoever loads it."""
     try:
         with path.open("rb") as file:
@@ -99,10 +123,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, int]]:
         return
     for name, tensor in header.items():
         if name != "__metadata__":
-            num = 1
-            for size in tensor["shape"]:
-                num *= size
-            yield tensor["dtype"], num
+            yield StoredTensor(name, tensor["dtype"], tuple(tensor["shape"]))
 
 
 def _machine_bytes() -> int:

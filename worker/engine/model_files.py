@@ -38,6 +38,8 @@ ANSWER_FILES = (
     "[0-9]_*/config.json",
 )
 
+#: The number of a layer in the name of its tensors, whatever the family calls its layers.
+LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

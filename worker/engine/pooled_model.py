@@ -156,7 +156,7 @@ def adopt_pooled(model: Any, task: Task, settings: EngineSettings, stated: State
         raise ConfigurationError(_unsupported(config, str(error))) from error
     log.info("layout %s: %s", layout, reason)
     if settings.quantization != "none":
-        quantize_linears(model.base_model, config, settings.quantization)
+        quantize_linears(model.base_model, config, settings.quantization, backbone.device)
     limit = model_len_limit(config, settings) - backbone.first_position
     pooled = PooledModel(
         task=task,

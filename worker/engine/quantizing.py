@@ -24,7 +24,7 @@ _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 #: From this compute capability on a GPU multiplies the format.
 _LEAST_CAPABILITY = {"float8": (8, 9), "int8": (8, 0)}
 #: GPUs multiply matrices whose sizes are multiples of this; of the same layers on a CPU, answers are the same.
-_MULTIPLE = 16
+MULTIPLE = 16
 #: Tokens below which torch._int_mm multiplies nothing on a GPU, rounded up to what suits its tiles.
 _LEAST_TOKENS = 32
 #: A row of zeros is divided by this.
@@ -102,8 +102,8 @@ def _multiplies_exactly() -> bool:
 
 
 @torch.inference_mode()
-def quantize_linears(model: Any, config: Any, quantization: str) -> None:
-    """Replace the linears of the model's layers, one after the other, and say so in the log.
+def quantize_linears(model: Any, config: Any, quantization: str, device: torch.device) -> None:
+    """Replace the linears of the model's layers by others on `device`, one after the other, and say so in the log.
 
     Raises ConfigurationError when there are none.
     """
@@ -117,10 +117,11 @@ def quantize_linears(model: Any, config: Any, quantization: str) -> None:
             weight = _linear_weight(child := getattr(parent, name))
             if weight is None:
                 continue
-            if any(size % _MULTIPLE for size in weight.shape):
+            if any(size % MULTIPLE for size in weight.shape):
                 left.add(name)
                 continue
-            quantized = QuantizedLinear(weight, child.bias, FORMATS[quantization])
+            bias = None if child.bias is None else child.bias.to(device)
+            quantized = QuantizedLinear(weight.to(device), bias, FORMATS[quantization])
             setattr(parent, name, quantized)  # and the old weights go, before there are others
             replaced[name] += 1
             num_bytes_before += weight.nbytes
@@ -128,7 +129,7 @@ def quantize_linears(model: Any, config: Any, quantization: str) -> None:
     if not replaced:
         raise ConfigurationError(
             f"engine.quantization={quantization!r}, but this model of type {config.model_type!r} has no linear layers "
-            f"whose sizes are multiples of {_MULTIPLE}: use none"
+            f"whose sizes are multiples of {MULTIPLE}: use none"
         )
     names = " and ".join(sorted(replaced))
     sizes = f"{num_bytes_before / 2**30:.2f} GiB become {num_bytes / 2**30:.2f}"
@@ -136,10 +137,10 @@ def quantize_linears(model: Any, config: Any, quantization: str) -> None:
     if left:
         log.warning(
             "weights not quantized, since they are of no linear layer or no multiple of %d: %s",
-            _MULTIPLE,
+            MULTIPLE,
             " and ".join(sorted(left)),
         )
-    if next(model.parameters()).device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()  # pieces of the old weights' size fit nothing that comes
 
 
