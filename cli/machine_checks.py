@@ -133,6 +133,7 @@ def check_model(settings: Settings) -> Iterator[Finding]:
     from worker.engine.loader import choose_device
     from worker.engine.memory import available_bytes, check_memory, weight_bytes
     from worker.engine.model_files import local_folder
+    from worker.engine.quantizing import check_quantization
     from worker.text import Tokenizer
 
     folder = local_folder(engine.model, engine.revision)
@@ -144,6 +145,7 @@ def check_model(settings: Settings) -> Iterator[Finding]:
     Tokenizer(folder)
     device = choose_device(engine)
     dtype = choose_dtype(engine, device, folder)
+    check_quantization(engine.quantization, device, dtype)
     quantization = engine.quantization if device.type == "cuda" else "none"
     needed, available = weight_bytes(folder, dtype, quantization), available_bytes(device, engine)
     check_memory(folder, device, dtype, engine, quantization)

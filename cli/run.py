@@ -279,7 +279,7 @@ def _name_by_content(settings: Settings) -> Settings:
     engine = settings.engine
     files = files_digest(resolve_folder(engine.model, engine.revision))
     decisive = [files, ENGINE_VERSION, engine.dtype, engine.device, engine.attention, engine.max_model_len]
-    decisive += [engine.task, engine.pooling, engine.normalize]
+    decisive += [engine.task, engine.pooling, engine.normalize, engine.kv_dtype, engine.quantization]
     digest = hashlib.sha256(msgspec.json.encode(decisive)).hexdigest()[:_DIGEST_DIGITS]
     return msgspec.structs.replace(settings, model_name=f"{settings.served_model}-{digest}", also_serves=())
 

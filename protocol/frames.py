@@ -91,6 +91,7 @@ class EngineReady(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     task: str = "generate"  # or embed, or classify: what the engine does with every Sequence it gets
     num_dimensions: int = 0  # of an embedding
     labels: tuple[str, ...] = ()  # of a classification
+    quantization: str = "none"  # what is kept in 8 bits: weights, K and V
 
 
 class EngineFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):

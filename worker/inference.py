@@ -142,6 +142,7 @@ class Inference:
             "engines": self.num_engines,
             "device": ready.device,
             "dtype": ready.dtype,
+            "quantization": ready.quantization,
             "layout": ready.layout,
             "attention": ready.attention_backend,
             "max_model_len": ready.max_model_len,

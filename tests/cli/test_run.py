@@ -112,9 +112,9 @@ def test_same_run_again_computes_nothing(
 
 
 @pytest.mark.usefixtures("answering")
-@pytest.mark.parametrize("changed", ["prompts", "weights", "option", "dtype"])
+@pytest.mark.parametrize("changed", ["prompts", "weights", "option", "dtype", "kv_dtype", "quantization"])
 def test_run_with_anything_changed_is_another_job(
-    millrace: Invoke, prompts: Path, model: Path, changed: str, tmp_path: Path
+    millrace: Invoke, prompts: Path, model: Path, changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["run", str(prompts), "-o", "out.jsonl", "--model", str(model), "--seed", "1"]
     assert millrace(*options).exit_code == 0
@@ -122,6 +122,8 @@ def test_run_with_anything_changed_is_another_job(
         prompts.write_text('{"prompt": "Bye"}\n')
     elif changed == "weights":
         (model / "model.safetensors").write_bytes(b"others")
+    elif changed in ("kv_dtype", "quantization"):
+        monkeypatch.setenv(f"MILLRACE_ENGINE_{changed.upper()}", "float8")
     else:
         options += ["--seed", "2"] if changed == "option" else ["--dtype", "bfloat16"]
     assert millrace(*options).exit_code == 0

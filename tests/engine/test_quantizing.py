@@ -160,7 +160,7 @@ def test_the_fingerprint_tells_what_is_rounded(model_folder: Callable[[str], Pat
     engines = [Engine.start(settings_for(model_folder("llama"), quantization=q, kv_dtype=kv)) for q, kv in ways]
 
     assert len({engine.fingerprint for engine in engines}) == len(ways)
-    rounding = [engine.loaded.rounding for engine in engines]
+    rounding = [engine.ready().quantization for engine in engines]
     assert rounding == ["none", "kv-float8", "float8", "float8+kv-float8", "int8", "int8+kv-float8"]
 
 

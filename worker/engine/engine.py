@@ -138,6 +138,7 @@ class Engine:
             attention_backend=self.attention_name,
             layout=self.loaded.layout,
             vocab_size=self.loaded.vocab_size,
+            quantization=self.loaded.rounding,
             **environment(self.loaded.device, spreads=self._spreads),
         )
 

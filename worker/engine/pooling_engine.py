@@ -79,6 +79,7 @@ class PoolingEngine:
             attention_backend=self.attention_name,
             layout=self.pooled.layout,
             vocab_size=self.pooled.vocab_size,
+            quantization=self.pooled.quantization,
             task=self.pooled.task,
             num_dimensions=self.pooled.num_dimensions,
             labels=self.pooled.labels,

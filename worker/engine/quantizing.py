@@ -134,6 +134,8 @@ def quantize_linears(model: Any, config: Any, quantization: str, device: torch.d
     names = " and ".join(sorted(replaced))
     sizes = f"{num_bytes_before / 2**30:.2f} GiB become {num_bytes / 2**30:.2f}"
     log.info("weights quantized to %s: %s, in %d modules; %s", quantization, names, replaced.total(), sizes)
+    if device.type == "cpu" and quantization == "float8":
+        log.warning("a CPU multiplies no float8, and takes several times as long to convert it: int8 is faster")
     if left:
         log.warning(
             "weights not quantized, since they are of no linear layer or no multiple of %d: %s",
