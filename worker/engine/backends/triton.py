@@ -41,7 +41,7 @@ class TritonBackend:
             key = "prefix", num_kv_heads, num_members, head_dim
             if key not in step.plans:
                 groups = _split(step.prefixes, num_members)
-                variant = choose_variant(num_members * num_shared, head_dim)
+                variant = choose_variant(num_members * num_shared, head_dim, query.itemsize)
                 plan = plan_decode(
                     step.decode_tables, groups.lens, block_size, num_kv_heads, variant, table_rows=groups.members
                 )
@@ -50,7 +50,7 @@ class TritonBackend:
             prefix = paged_decode.decode(query, k_cache, v_cache, plan, groups=groups, **options)
         key = "decode", num_kv_heads, num_shared, head_dim, terms.window
         if key not in step.plans:
-            variant = choose_variant(num_shared, head_dim)
+            variant = choose_variant(num_shared, head_dim, query.itemsize)
             tables, lens = step.decode_tables, step.decode_lens
             step.plans[key] = plan_decode(
                 tables, lens, block_size, num_kv_heads, variant, starts=starts, window=terms.window
@@ -64,7 +64,9 @@ class TritonBackend:
         num_shared, head_dim = query.shape[1] // k_cache.shape[2], query.shape[2]
         key = "prefill", num_shared, head_dim
         if key not in step.plans:
-            step.plans[key] = plan_prefill(step.query_lens, step.kv_lens, num_shared, head_dim, query.device)
+            step.plans[key] = plan_prefill(
+                step.query_lens, step.kv_lens, num_shared, head_dim, query.device, num_bytes=query.itemsize
+            )
         options: dict[str, Any] = {"scale": terms.scale, "window": terms.window, "softcap": terms.softcap}
         return prefill(query, k_cache, v_cache, step.prefill_tables, step.plans[key], **options)
 

@@ -37,6 +37,8 @@ DEFAULT = PrefillVariant()
 #: For steps with long prompts, and for heads of more than 128.
 LONG = PrefillVariant(keys=64)
 LARGE = PrefillVariant(queries=128, num_warps=8)
+#: For float32, which is multiplied without tensor cores. Not measured: it is there to compare with.
+PLAIN = PrefillVariant(queries=32, keys=16, num_warps=8, num_stages=2)
 #: Keys from which a prompt is long.
 _LONG_KEYS = 8192
 
@@ -57,12 +59,15 @@ def plan_prefill(
     head_dim: int,
     device: torch.device,
     variant: PrefillVariant | None = None,
+    num_bytes: int = 2,
 ) -> PrefillPlan:
     """The tiles of pieces of `query_lens` (S,) tokens, which attend to `kv_lens` (S,), their own included.
 
-    `num_shared` query heads share one key/value head.
+    `num_shared` query heads share one key/value head, and their numbers have `num_bytes` each.
     """
-    if variant is None:
+    if variant is None and num_bytes > 2:
+        variant = PLAIN
+    elif variant is None:
         variant = LARGE if head_dim > 128 else LONG if kv_lens.max() >= _LONG_KEYS else DEFAULT
     num_heads = min(num_shared & -num_shared, _MOST_HEADS)
     most = variant.queries // num_heads
