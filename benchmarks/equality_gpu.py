@@ -30,6 +30,7 @@ from protocol.settings import EngineSettings
 from worker.engine import gating, wide_linears
 from worker.engine.engine import Engine
 from worker.engine.loader import LoadedModel, adopt, load_model
+from worker.engine.quantizing import quantize_linears
 from worker.engine.sampler import Draws, exponential
 
 BUNDLED = Path(__file__).parents[1] / "models" / "millrace-tiny"
@@ -124,7 +125,7 @@ def generate(
 
 @torch.inference_mode()
 def compare(
-    model: Any, prompts: list[list[int]], outputs: list[list[int]], scores: list[list[float]]
+    model: Any, prompts: list[list[int]], outputs: list[list[int]], scores: list[list[float]], quantization: str
 ) -> dict[str, float]:
     """The engine's tokens and scores against a float32 forward of the whole text, one text at a time. `model` is not
     the engine's, which has been changed, but transformers' own."""
@@ -132,6 +133,9 @@ def compare(
     if model._can_set_attn_implementation():
         model.set_attn_implementation("sdpa")
     exact = copy.deepcopy(model).float()
+    if quantization != "none":
+        for reference in (model, exact):
+            quantize_linears(reference, model.config.get_text_config(), quantization, device)
     score_errors, plain_score_errors = [torch.zeros(1)], [torch.zeros(1)]
     deficits, plain_differing, worst, total_error, distinct = [], 0, 0.0, 0.0, set()
     for prompt, output, scored in zip(prompts, outputs, scores, strict=True):
@@ -179,7 +183,12 @@ def logprobs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def check_family(
-    loaded: LoadedModel, settings: EngineSettings, make_model: Callable[[], Any], num_prompts: int, max_prompt: int
+    loaded: LoadedModel,
+    settings: EngineSettings,
+    make_model: Callable[[], Any],
+    num_prompts: int,
+    max_prompt: int,
+    quantization: str,
 ) -> dict[str, Any]:
     rng = random.Random(0)
     vocab_size = loaded.vocab_size
@@ -199,7 +208,7 @@ def check_family(
         check_sync(engine)
         generate(engine, prompts[:16], 8, wave=4)
         counts["launch_waits"] = False
-    return counts | compare(make_model(), prompts, outputs, scores)
+    return counts | compare(make_model(), prompts, outputs, scores, quantization)
 
 
 def check_sync(engine: Engine) -> None:
@@ -252,8 +261,9 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--kv-dtype", default="auto", choices=["auto", "float8"], help="float8: see how far it is off")
     parser.add_argument(
-        "--quantization", default="none", choices=["none", "float8", "int8"], help="as above, of weights of 8 bits"
+        "--quantization", default="none", choices=["none", "float8", "int8"], help="of weights, and the reference's"
     )
+    parser.add_argument("--exact-reference", action="store_true", help="that is not quantized: see how far it is off")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     is_small = device.type == "cpu"
@@ -268,7 +278,8 @@ def main() -> int:
         lookahead=1,
         admission="headroom",
     )
-    size = {"num_prompts": 12 if is_small else 96, "max_prompt": 100 if is_small else 700}
+    size: dict[str, Any] = {"num_prompts": 12 if is_small else 96, "max_prompt": 100 if is_small else 700}
+    size["quantization"] = "none" if arguments.exact_reference else arguments.quantization
     # Both ways to compute a gated layer, and wide products, occur as well.
     gating.LEAST_TOKENS = wide_linears.LEAST_TOKENS = 256
     wide_linears.LEAST_INPUTS, wide_linears.LEAST_WEIGHTS, wide_linears.LEAST_TILES = 1024, 1 << 21, 8
