@@ -308,7 +308,7 @@ class Scheduler:
             seq = self._waiting.first()
 
     def _has_room(self, seq: Sequence, prefix: Prefix) -> bool:
-        """The answer can turn from no to yes only when blocks become free or known."""
+        """The answer can turn from no to yes only when blocks become free or known, or another one leaves."""
         blocks = self.blocks
         num_unheld = sum(blocks.num_holders(block) == 0 for block in prefix.blocks)
         is_known = not (seq.stop_token_ids or any(other.stop_token_ids for other in self._running.values()))
@@ -438,6 +438,7 @@ class Scheduler:
         self._contexts.release(seq)
         self.blocks.free(seq.block_table)
         seq.block_table = []
+        self._no_room = (None, 0)  # what was kept for it is free, though others may hold all of its blocks
         self._free_rows.append(seq.row)
         seq.row = -1
         if seq.shared_prompt is not None:

@@ -138,6 +138,20 @@ def test_the_last_admitted_is_preempted_and_returns_before_others_with_its_outpu
     assert loop.outputs == {i: sequential(list(range(1, 7)), 10, ()) for i in range(3)}
 
 
+def test_what_was_kept_for_a_sequence_is_anothers_when_it_ends_though_all_its_blocks_are_shared() -> None:
+    limits = Limits(num_blocks=8, block_size=4, max_num_seqs=4, max_batch_tokens=64, lookahead=0, headroom_tokens=16)
+    loop = Loop(limits)
+    loop.add(0, arrival(8, 1))
+    loop.add(1, arrival(12, 12))  # begins with all of the first
+    loop.add(2, Arrival([9, 9, 9, 9], 4))
+    loop.step()
+    assert loop.admitted == [0, 1]
+
+    loop.step()
+
+    assert loop.admitted == [0, 1, 2]
+
+
 def test_a_cancelled_waiting_sequence_is_neither_run_nor_counted() -> None:
     loop = Loop(Limits(num_blocks=20, block_size=4, max_num_seqs=1, max_batch_tokens=8, lookahead=0))
     for seq_id in range(3):
