@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.engine.attention import AttentionStep, AttentionTerms
+from worker.engine.attention import AttentionStep, AttentionTerms, flash_attention_obstacle
 from worker.engine.backends.sdpa import SDPABackend, attend_causally
 from worker.engine.kv_cache import KVCache, LayerShape
 
@@ -53,6 +53,16 @@ def flash_attn_with_kvcache(
         query.squeeze(1), k_cache, v_cache, cu_seqlens_q=ones, cu_seqlens_k=ends,
         max_seqlen_q=1, max_seqlen_k=longest, block_table=block_table, **options,
     ).unsqueeze(1)  # fmt: skip
+
+
+def test_a_gpu_that_is_too_old_is_an_obstacle_though_the_package_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+
+    obstacle = flash_attention_obstacle(torch.device("cuda"), torch.float16)
+
+    assert obstacle == "Tesla T4 is older than compute capability 8.0"
 
 
 @pytest.mark.parametrize("decode_lens", [DECODE_LENS, []])

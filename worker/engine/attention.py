@@ -315,6 +315,8 @@ def flash_attention_obstacle(device: torch.device, dtype: torch.dtype) -> str | 
         return f"the device is {device}, and flash-attn needs CUDA"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash-attn computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if importlib.util.find_spec("flash_attn") is None:
         return "the package flash-attn is not installed"
     try:
