@@ -77,6 +77,18 @@ def test_embeddings_equal_transformers_one_at_a_time(family: str, pooled_folder:
     assert_embeddings(engine, load(folder), stated.pooling)
 
 
+def test_a_model_whose_positions_have_no_end_takes_texts_of_the_length_that_is_set(tmp_path: Path) -> None:
+    config = transformers.XLNetConfig(vocab_size=VOCAB_SIZE, d_model=32, n_layer=2, n_head=4, d_inner=64)
+    transformers.XLNetModel(config).save_pretrained(tmp_path)
+
+    with pytest.raises(ConfigurationError, match=r"set engine\.max_model_len to its context length"):
+        start(tmp_path)
+    engine = start(tmp_path, max_model_len=128, pooling="mean")
+
+    assert engine.pooled.max_model_len == 128
+    assert_embeddings(engine, transformers.XLNetModel.from_pretrained(tmp_path).eval(), "mean")
+
+
 def test_a_model_with_attention_of_its_own_keeps_the_one_that_transformers_chose(tmp_path: Path) -> None:
     """Falcon's plain attention adds its biases for distance twice."""
     torch.manual_seed(0)

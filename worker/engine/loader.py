@@ -213,6 +213,8 @@ def model_len_limit(config: Any, settings: EngineSettings) -> int:
     """Tokens of the longest text. Raises ConfigurationError when the config names none, or one that is too short."""
     # BLOOM's positions have no end; its configs name the length of its training.
     limit: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
+    if limit is not None and limit < 1:  # XLNet's way to say that there is none
+        limit = None
     if limit is None and settings.max_model_len is None:
         raise ConfigurationError(
             "the model's config.json names no max_position_embeddings: set engine.max_model_len to its context length"
