@@ -26,7 +26,7 @@ from benchmarks.workloads import SHAPES, WORKLOADS, Workload, floor_seconds, mak
 from protocol.settings import EngineSettings  # noqa: E402
 from worker.engine.dtypes import choose_dtype  # noqa: E402
 from worker.engine.engine import Engine  # noqa: E402
-from worker.engine.loader import adopt, choose_device  # noqa: E402
+from worker.engine.loader import adopt, take_device  # noqa: E402
 
 
 @dataclass
@@ -47,7 +47,7 @@ def build_model(shape: str, settings: EngineSettings) -> Any:
 
     name, fields = SHAPES[shape]
     config = getattr(transformers, name)(**fields, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    device = choose_device(settings)
+    device = take_device(settings)
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=choose_dtype(settings, device))
