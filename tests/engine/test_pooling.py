@@ -235,6 +235,16 @@ def test_what_fits_no_step_or_is_not_this_engines_task_is_refused_alone(pooled_f
     assert not engine.has_work
 
 
+def test_a_small_job_does_not_wait_for_a_large_ones_end(pooled_folder: Folder) -> None:
+    engine, text = start(pooled_folder("bert"), max_num_seqs=2), np.arange(5, 25, dtype="<i4").tobytes()
+    for number in range(12):
+        engine.add(NewSequence(number, text, 0, (), 0.0, 1.0, 0, 0, 0, job="large" if number < 10 else "small"))
+
+    done = [frame.pooled for _ in range(3) if (frame := engine.step()) is not None]
+
+    assert {10, 11} < {number for pooled in done for number, _ in pooled}
+
+
 def test_models_that_do_neither_are_refused_with_the_reason(tmp_path: Path) -> None:
     config = transformers.T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     transformers.T5Model(config).save_pretrained(tmp_path)

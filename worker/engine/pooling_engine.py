@@ -92,7 +92,15 @@ class PoolingEngine:
             self._refused.append((new.seq_id, f"this engine does nothing but {self.pooled.task}"))
             return
         ids = np.frombuffer(new.token_ids, dtype="<i4")
-        sequence = Sequence(new.seq_id, ids, max_tokens=0, priority=new.priority, deadline=new.deadline)
+        sequence = Sequence(
+            new.seq_id,
+            ids,
+            max_tokens=0,
+            priority=new.priority,
+            deadline=new.deadline,
+            tenant=new.tenant,
+            job=new.job,
+        )
         try:
             # An id outside the vocabulary would read outside the embedding: on CUDA the end of the whole process.
             if len(ids) and (ids.min() < 0 or ids.max() >= self.pooled.vocab_size):
