@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from protocol.errors import ConfigurationError
 from tests.engine.reference import settings_for
@@ -60,3 +61,13 @@ def test_a_second_copy_of_the_weights_does_not_count(folder: Path) -> None:
     before = weight_bytes(folder, torch.float32)
     shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
     assert weight_bytes(folder, torch.float32) == before
+
+
+def test_a_model_of_a_class_that_generates_otherwise_is_refused_in_a_line(folder: Path) -> None:
+    config = T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+
+    with pytest.raises(ConfigurationError, match="models of type 't5' are of no class that does this") as refused:
+        start(folder)
+
+    assert len(str(refused.value)) < 500

@@ -118,6 +118,8 @@ def _cannot_load(folder: Path, error: Exception, supported: str) -> str:
     if model_type is not None and repr(model_type) in str(error).replace("`", "'"):
         known = f"transformers {version('transformers')}"
         return f"models of type {model_type!r} are unknown to {known}. Supported are {supported}"
+    if "Unrecognized configuration class" in str(error):  # followed by the names of all that there are
+        return f"models of type {model_type!r} are of no class that does this. Supported are {supported}"
     return f"transformers cannot load the model in {folder}: {error}"
 
 
