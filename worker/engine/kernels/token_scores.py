@@ -13,13 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096  # logits at a time
+_BLOCK, _BLOCKS = 4096, 2  # logits of a block, and blocks at a time
 #: Neighbours that are a group, with those as many blocks further on: 16 bytes of 16 bits each, which is what a thread
 #: reads at once. Groups are then about as many as the tokens of each, and a round looks at all of both.
 _GROUP = 8
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-(1 << 63))
+#: What no logit is below, as far as sums go. Finite, since the difference of two infinities is not a number; and a
+#: power of two, since a GPU may multiply and subtract at once: what it does not round then is nothing.
+_LEAST = tl.constexpr(-(2.0**100))
 
 
 def score_tokens(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -41,7 +44,7 @@ def score_tokens(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor,
         log_sums = torch.empty_like(logprobs)
         group_tops = torch.empty(num_rows, _BLOCK // _GROUP, dtype=torch.float32, device=logits.device)  # (C, G)
     sizes = {"row_stride": logits.stride(0), "vocab_size": vocab_size, "BLOCK": _BLOCK, "GROUP": _GROUP}
-    _score[(num_rows,)](logits, targets, logprobs, ranks, log_sums, group_tops, **sizes, num_warps=8)
+    _score[(num_rows,)](logits, targets, logprobs, ranks, log_sums, group_tops, **sizes, BLOCKS=_BLOCKS, num_warps=8)
     if num_top > 0:
         # One warp: a round is a chain of reductions, and rows enough run beside each other.
         _find_best[(num_rows,)](
@@ -63,33 +66,52 @@ def _score(
     vocab_size,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    """One program per row. Each lane keeps a maximum and a sum of its own: nothing is exchanged before the end."""
+    """One program per row. Each group keeps a maximum and a sum of its own: nothing is exchanged before the end."""
     row = tl.program_id(0)
     base = logits + row.to(tl.int64) * row_stride
-    target = tl.load(targets + row)
+    target = tl.load(targets + row).to(tl.int32)
     chosen = tl.load(base + target).to(tl.float32)
-    lane = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], -1e30, tl.float32)  # finite: the difference of two infinities is not a number
-    total = tl.zeros([BLOCK], tl.float32)
-    num_before = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, vocab_size, BLOCK):
-        token = start + lane
+    above = _next_above(chosen)
+    num: tl.constexpr = BLOCK // GROUP
+    place = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    # What equals the target counts where it comes before: all of it or nothing, but in the blocks of the target itself.
+    token = target // (BLOCKS * BLOCK) * (BLOCKS * BLOCK) + place
+    x = tl.load(base + token, mask=token < target, other=0.0).to(tl.float32)
+    num_before = _group_sums(((x == chosen) & (token < target)).to(tl.int32), num, GROUP)
+    best = tl.full([num], _LEAST, tl.float32)
+    total = tl.zeros([num], tl.float32)
+    for start in tl.range(0, vocab_size, BLOCKS * BLOCK):
+        token = start + place
         x = tl.load(base + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
-        num_before += ((x > chosen) | ((x == chosen) & (token < target))).to(tl.int32)
-        x *= _LOG2_E
-        most = tl.maximum(best, x)
-        total = total * tl.exp2(best - most) + tl.exp2(x - most)
+        least = tl.where(start + BLOCKS * BLOCK <= target, chosen, above)
+        num_before += _group_sums((x >= least).to(tl.int32), num, GROUP)
+        grouped = tl.reshape(x, (BLOCKS, num, GROUP))
+        most = tl.maximum(best, tl.max(tl.max(grouped, axis=2), axis=0))
+        shift = most * _LOG2_E
+        sums = tl.sum(tl.exp2(grouped * _LOG2_E - shift[None, :, None]), axis=2)
+        total = total * tl.exp2(best * _LOG2_E - shift) + tl.sum(sums, axis=0)
         best = most
-    most = tl.max(best, axis=0)
-    log_sum = (most + tl.log2(tl.sum(total * tl.exp2(best - most), axis=0))) * _LN_2
+    shift = tl.max(best, axis=0) * _LOG2_E
+    log_sum = (shift + tl.log2(tl.sum(total * tl.exp2(best * _LOG2_E - shift), axis=0))) * _LN_2
     tl.store(logprobs + row, chosen - log_sum)
     tl.store(ranks + row, tl.sum(num_before, axis=0) + 1)
     if group_tops is not None:
-        num: tl.constexpr = BLOCK // GROUP
-        tops = tl.max(tl.reshape(best, (num, GROUP)), axis=1)
-        tl.store(group_tops + row * num + tl.arange(0, num), tops)
+        tl.store(group_tops + row * num + tl.arange(0, num), best)
         tl.store(log_sums + row, log_sum)
+
+
+@triton.jit
+def _group_sums(x, num: tl.constexpr, GROUP: tl.constexpr):
+    return tl.sum(tl.sum(tl.reshape(x, (x.shape[0], num, GROUP)), axis=2), axis=0)
+
+
+@triton.jit
+def _next_above(x):
+    """The least float32 that is greater; nothing is as great as what comes after infinity."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # no negative zero
+    return tl.where(bits < 0, bits - 1, bits + 1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -132,8 +154,7 @@ def _find_best(
     log_sum = tl.load(log_sums + row)
     num: tl.constexpr = BLOCK // GROUP
     first_ids = tl.arange(0, num) * GROUP
-    tops = tl.load(group_tops + row * num + tl.arange(0, num)) * _LN_2
-    tops += tl.abs(tops) * 1e-6  # what multiplying there and back may have lost
+    tops = tl.load(group_tops + row * num + tl.arange(0, num))
     tops = tl.where(tops == tops, tops, float("inf"))
     heads = tl.where(first_ids < vocab_size, _keys(tops, first_ids), _LOWEST)
     places = tl.arange(0, BLOCKS * GROUP)
