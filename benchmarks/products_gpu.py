@@ -37,6 +37,8 @@ def time_products(report: Report) -> None:
                 "gated, together": functools.partial(product, x, up, "silu"),
                 "down, cublas": functools.partial(F.linear, y, down),
                 "down, product": functools.partial(product, y, down),
+                "down, product, then residual": functools.partial(_add_apart, y, down, x),
+                "down, product with residual": functools.partial(product, y, down, residual=x),
             }
             for way, run in runs.items():
                 num = 2 * num_tokens * (up.numel() if way.startswith("gated") else down.numel())
@@ -51,6 +53,8 @@ def check_product(num_tokens: int, num_inputs: int, num_outputs: int, dtype: tor
     x, weight = _random(num_tokens, num_inputs).to(dtype), (_random(num_outputs, num_inputs) * 0.1).to(dtype)
     expected = x.double() @ weight.double().T
     worst = _excess(product(x, weight), expected)
+    residual = _random(num_tokens, num_outputs).to(dtype)
+    worst = max(worst, _excess(product(x, weight, residual=residual), expected + residual.double()))
     for name, activation in ACTIVATIONS.items():
         gated = plain_gate(expected, activation)
         worst = max(worst, _excess(product(x, weight, name), gated))
@@ -80,6 +84,10 @@ def measure_long(run: Callable[[], object], num_operations: int) -> dict[str, An
 
 def _gate_apart(x: Tensor, weight: Tensor) -> Tensor:
     return gate(F.linear(x, weight), "silu")
+
+
+def _add_apart(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    return product(x, weight).add_(residual)
 
 
 def _random(*size: int) -> Tensor:

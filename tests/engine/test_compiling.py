@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from protocol.settings import EngineSettings
 from tests.engine.reference import build_model, drive, new_sequence, random_prompts
-from worker.engine import compiling
+from worker.engine import compiling, wide_linears
 from worker.engine.engine import Engine
 from worker.engine.loader import adopt
+from worker.engine.wide_linears import replace_wide_linears
 
 
 @pytest.mark.timeout(600)
@@ -38,6 +40,38 @@ def test_compiled_layers_give_the_same_text_from_one_compilation(
     assert outputs[0] == outputs[1]
     assert caplog.text.count("layers compiled in") == 1, "another engine of the model finds them compiled"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_residuals_are_added_by_the_products_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(wide_linears, "LEAST_INPUTS", 1)
+    monkeypatch.setattr(wide_linears, "LEAST_WEIGHTS", 1)
+    folded: list[tuple[int, ...]] = []
+    plainly = wide_linears._multiply_plainly
+
+    def watched(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is not None:
+            folded.append(tuple(weight.shape))
+        return plainly(x, weight, residual)
+
+    monkeypatch.setattr(wide_linears, "_multiply_plainly", watched)
+    prompts = random_prompts(4, seed=6)
+    outputs = []
+    for is_compiled in (False, True):
+        settings = EngineSettings(device="cpu", dtype="float32", kv_tokens=1024, compile=is_compiled)
+        loaded = adopt(build_model("llama"), settings)
+        replace_wide_linears(loaded.model)
+        engine = Engine(loaded, settings)
+        outputs.append(drive(engine, [new_sequence(i, prompt, 8) for i, prompt in enumerate(prompts)]).outputs)
+        if not is_compiled:
+            assert not folded, "what is not compiled adds for itself"
+
+    config: Any = loaded.model.config
+    assert outputs[0] == outputs[1]
+    attention, mlp = (config.hidden_size, config.hidden_size), (config.hidden_size, config.intermediate_size)
+    assert set(folded) == {attention, mlp}, "QKV and the head have no residual"
+    assert folded.count(attention) == folded.count(mlp)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own

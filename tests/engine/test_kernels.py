@@ -236,6 +236,7 @@ def test_products_compile_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         for activation in (None, "silu", "gelu_tanh"):
             product(x, weight, activation)
             gate(torch.zeros(3, 6144, dtype=torch.bfloat16), activation or "silu")
+        product(x, weight, residual=torch.zeros(2048, 6144, dtype=torch.bfloat16))
 
     for kernel in found:
         assert kernel.spilled_bytes == 0

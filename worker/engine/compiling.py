@@ -36,12 +36,14 @@ def compile_layers(loaded: LoadedModel) -> bool:
         return False
     if layers[0]._compiled_call_impl is not None:  # for another engine
         return True
+    from worker.engine.inductor import choosing, options  # some seconds, which only those wait who compile
+
     for layer in layers:
         for module in layer.modules():
             if isinstance(number := getattr(module, "layer_idx", None), int):
                 # On the CPU, where it is read without asking the device.
                 module.register_buffer(LAYER_BUFFER, torch.tensor(number, device="cpu"), persistent=False)
-        layer.compile(dynamic=True, fullgraph=True)
+        layer.compile(dynamic=True, fullgraph=True, options=options)
     started = time.perf_counter()
     num_tokens = _GPU_TOKENS if loaded.device.type == "cuda" else _CPU_TOKENS
     tokens = probe_tokens(model, model.config.get_text_config(), num_tokens)
@@ -50,7 +52,7 @@ def compile_layers(loaded: LoadedModel) -> bool:
     # whatever comes next.
     tokens = tokens[: len(tokens) - 1 + len(tokens) % 2]
     try:
-        with attention.running(WholeStep()):
+        with attention.running(WholeStep()), choosing():
             model(input_ids=tokens.unsqueeze(0), use_cache=False)
     # torch's own errors are RuntimeErrors, but the one of layers that are of more kinds than it compiles.
     except (RuntimeError, TypeError, AttributeError, torch._dynamo.exc.FailOnRecompileLimitHit) as error:

@@ -1,7 +1,8 @@
 """Wide linear layers: of many inputs and outputs, whose products of many tokens keep a GPU at the limit of its power.
 
 There our own kernel, which computes a square of tiles at a time, reads less and so multiplies more than cuBLAS's; it is
-slower where tiles are few. Letters: T tokens, I inputs, O outputs.
+slower where tiles are few. What a compiled layer adds to the product alone, its residual, is added by the same kernel.
+Letters: T tokens, I inputs, O outputs.
 """
 
 import logging
@@ -27,7 +28,7 @@ class WideLinear(nn.Module):
         self.weight = linear.weight  # (O, I)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = torch.ops.millrace.multiply(x, self.weight)
+        output: Tensor = torch.ops.millrace.multiply(x, self.weight, None)
         return output
 
 
@@ -49,22 +50,29 @@ def replace_wide_linears(model: Any) -> int:
 def _is_wide(linear: Any) -> bool:
     num_inputs, num_weights = linear.in_features, linear.weight.numel()
     fits = linear.bias is None and num_inputs % 8 == 0 and linear.out_features % 8 == 0
-    return bool(fits and num_inputs >= LEAST_INPUTS and num_weights >= LEAST_WEIGHTS)
+    is_dense = linear.weight.is_contiguous()
+    return bool(fits and is_dense and num_inputs >= LEAST_INPUTS and num_weights >= LEAST_WEIGHTS)
 
 
 @torch.library.custom_op("millrace::multiply", mutates_args=())
-def _multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., I), weight (O, I) -> (..., O)."""
+def _multiply(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    """x (..., I), weight (O, I), residual (..., O) -> (..., O)."""
     rows = x.reshape(-1, x.shape[-1])
     if x.device.type == "cpu" or x.dtype.itemsize != 2 or len(rows) < LEAST_TOKENS:
-        return F.linear(x, weight)
+        return _multiply_plainly(x, weight, residual)
     from worker.engine.kernels.product import num_tiles, product
 
     if num_tiles(len(rows), len(weight)) < LEAST_TILES:
-        return F.linear(x, weight)
-    return product(rows, weight).view(*x.shape[:-1], len(weight))
+        return _multiply_plainly(x, weight, residual)
+    summand = None if residual is None else residual.reshape(-1, len(weight))
+    return product(rows, weight, residual=summand).view(*x.shape[:-1], len(weight))
+
+
+def _multiply_plainly(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    output = F.linear(x, weight)
+    return output if residual is None else output.add_(residual)
 
 
 @_multiply.register_fake
-def _shape_of(x: Tensor, weight: Tensor) -> Tensor:
+def _shape_of(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))

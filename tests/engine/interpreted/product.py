@@ -18,7 +18,9 @@ def test_products_equal_their_twin(num_tokens: int, num_inputs: int, num_outputs
 
     expected = x.double() @ weight.double().T
 
+    residual = torch.randn(num_outputs, num_tokens).half().T  # not as it lies in memory
     assert_near(product(x, weight), expected)
+    assert_near(product(x, weight, residual=residual), expected + residual.double())
     if num_outputs % (2 * GATE_BLOCK) == 0:
         for name, activation in ACTIVATIONS.items():
             assert_near(product(x, weight, name), plain_gate(expected, activation))

@@ -31,24 +31,26 @@ def num_tiles(num_tokens: int, num_outputs: int) -> int:
     return -(-num_tokens // _TOKENS) * -(-num_outputs // _OUTPUTS)
 
 
-def product(x: Tensor, weight: Tensor, activation: str | None = None) -> Tensor:
-    """x (T, I), weight (O, I), of 16 bits, the second dense, I and O multiples of 8 -> (T, O).
+def product(x: Tensor, weight: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    """x (T, I), weight (O, I), of 16 bits, the second dense, I and O multiples of 8 -> (T, O), with a residual (T, O)
+    added to it.
 
     With an activation, "silu" or "gelu_tanh", weight is (2 O, I), its rows alternate between gate and other half, and
-    the result is activation(gate) * other. O is a multiple of GATE_BLOCK then.
+    the result is activation(gate) * other. O is a multiple of GATE_BLOCK then, and there is no residual.
     """
+    assert activation is None or residual is None
     num_tokens, num_inputs = x.shape
     num_rows = len(weight)
-    x = x.contiguous()
-    if x.data_ptr() % 16:  # as it may be of a part of a tensor
-        x = x.clone()
     num_outputs = num_rows if activation is None else num_rows // 2
+    x = _dense(x)
     output = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
+    summand = output if residual is None else _dense(residual)
     num_programs = num_multiprocessors(x.device)
     _multiply[(num_programs,)](
-        TensorDescriptor.from_tensor(x, [_TOKENS, _INPUTS]),
-        TensorDescriptor.from_tensor(weight, [_OUTPUTS, _INPUTS]),
-        TensorDescriptor.from_tensor(output, [_TOKENS, _OUTPUTS // 2]),
+        _descriptor(x, _TOKENS, _INPUTS),
+        _descriptor(weight, _OUTPUTS, _INPUTS),
+        _descriptor(summand, _TOKENS, _OUTPUTS // 2),
+        _descriptor(output, _TOKENS, _OUTPUTS // 2),
         num_tokens,
         num_rows,
         num_inputs,
@@ -58,10 +60,22 @@ def product(x: Tensor, weight: Tensor, activation: str | None = None) -> Tensor:
         INPUTS=_INPUTS,
         GROUP=_GROUP,
         ACTIVATION=activation,
+        HAS_RESIDUAL=residual is not None,
         num_warps=8,
         num_stages=3,
     )
     return output
+
+
+def _dense(x: Tensor) -> Tensor:
+    """As a descriptor wants it: a part of a tensor may begin anywhere."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _descriptor(x: Tensor, *block: int) -> TensorDescriptor:
+    """Of a dense one, whatever it says its stride is where it has one row."""
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], list(block))
 
 
 def gate(both: Tensor, activation: str) -> Tensor:
@@ -78,6 +92,7 @@ def gate(both: Tensor, activation: str) -> Tensor:
 def _multiply(
     x,
     weight,
+    residual,
     output,
     num_tokens,
     num_rows,
@@ -88,6 +103,7 @@ def _multiply(
     INPUTS: tl.constexpr,
     GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
 ):
     num_down, num_across = tl.cdiv(num_tokens, TOKENS), tl.cdiv(num_rows, OUTPUTS)
     num_pieces = tl.cdiv(num_inputs, INPUTS)
@@ -105,7 +121,12 @@ def _multiply(
             b = weight.load([across * OUTPUTS, piece * INPUTS])
             acc = tl.dot(a, b.T, acc)
         first, second = tl.split(tl.permute(tl.reshape(acc, (TOKENS, 2, OUTPUTS // 2)), (0, 2, 1)))
-        if ACTIVATION is None:
+        if HAS_RESIDUAL:
+            first += residual.load([down * TOKENS, across * OUTPUTS])
+            output.store([down * TOKENS, across * OUTPUTS], first.to(output.dtype))
+            second += residual.load([down * TOKENS, across * OUTPUTS + OUTPUTS // 2])
+            output.store([down * TOKENS, across * OUTPUTS + OUTPUTS // 2], second.to(output.dtype))
+        elif ACTIVATION is None:
             output.store([down * TOKENS, across * OUTPUTS], first.to(output.dtype))
             output.store([down * TOKENS, across * OUTPUTS + OUTPUTS // 2], second.to(output.dtype))
         else:
