@@ -328,7 +328,8 @@ class Scheduler:
         self._running[seq.seq_id] = seq
         self._preemptible.push(seq)
         seq.row = self._free_rows.pop()
-        seq.num_computed, seq.num_prefill = prefix.num_tokens, seq.num_known
+        # At least one: whatever is to be known ends with a step.
+        seq.num_computed, seq.num_prefill = prefix.num_tokens, max(seq.num_to_compute, prefix.num_tokens + 1)
         seq.num_named = num_shared = len(prefix.blocks)
         plan.admitted.append(seq)
         plan.num_prefix_hit_tokens += prefix.num_tokens

@@ -135,6 +135,11 @@ class Sequence:
         return len(self.prompt_ids) + len(self.output_ids) + self.num_in_flight
 
     @property
+    def num_to_compute(self) -> int:
+        """Known tokens, but for the last of a text that goes no further: nobody asks for the logits there."""
+        return self.num_known if self.max_tokens else self.num_known - 1
+
+    @property
     def num_reusable(self) -> int:
         """Leading tokens whose K and V may come from elsewhere: nobody asks for the logits at their positions."""
         needs_score = self.num_scored < len(self.prompt_ids)

@@ -132,6 +132,20 @@ def test_a_score_is_computed_at_every_position_that_is_asked_for_and_no_other() 
 
 
 @LOOKAHEADS
+@pytest.mark.parametrize("num_prompt", [1, 2, 8, 9])
+def test_the_last_token_of_a_text_that_is_only_scored_is_not_computed(num_prompt: int, lookahead: int) -> None:
+    loop = Loop(roomy(lookahead=lookahead))
+    for seq_id, score_from in enumerate((1, num_prompt - 1)):
+        loop.add(seq_id, Arrival(alike(num_prompt - 1, 50 + seq_id), 0, score_from=score_from))
+        before = loop.runner.num_computed_tokens + loop.num_hit_tokens
+        loop.run()
+        # But one has to be, so that there is a step with which it ends.
+        num = loop.runner.num_computed_tokens + loop.num_hit_tokens - before
+        assert num == max(num_prompt - 1, 1)
+    assert len(loop.finished) == 2
+
+
+@LOOKAHEADS
 @pytest.mark.parametrize("max_batch_tokens", [64, 13, 7])
 def test_a_context_is_computed_once_for_all_that_is_scored_behind_it(max_batch_tokens: int, lookahead: int) -> None:
     loop = Loop(roomy(max_batch_tokens=max_batch_tokens, lookahead=lookahead))
@@ -139,11 +153,12 @@ def test_a_context_is_computed_once_for_all_that_is_scored_behind_it(max_batch_t
         loop.add(seq_id, Arrival(alike(11, 50 + seq_id, 60), 0, score_from=11))
     loop.run()
 
-    # All but the context's last token, whose logits everybody needs. Without lookahead nobody may be left from the step
-    # before, and then what is beyond full blocks is computed again, once a step.
+    # All but the context's last token, whose logits everybody needs, and the texts' last ones, whose logits nobody does.
+    # Without lookahead nobody may be left from the step before, and then what is beyond full blocks is computed again,
+    # once a step.
     num_again = 6 * 10 - loop.num_hit_tokens
     assert num_again == 0 if lookahead or max_batch_tokens == 64 else num_again <= 2 * loop.num_steps
-    assert loop.runner.num_computed_tokens == 13 + 6 * 3 + num_again
+    assert loop.runner.num_computed_tokens == 12 + 6 * 2 + num_again
     assert len(loop.finished) == 7
 
 
