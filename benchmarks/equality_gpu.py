@@ -13,6 +13,7 @@ import argparse
 import copy
 import functools
 import json
+import logging
 import platform
 import random
 import sys
@@ -265,6 +266,7 @@ def main() -> int:
     )
     parser.add_argument("--exact-reference", action="store_true", help="that is not quantized: see how far it is off")
     arguments = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     is_small = device.type == "cpu"
     common = {"device": arguments.device, "attention": arguments.attention, "dtype": arguments.dtype}
