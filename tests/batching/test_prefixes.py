@@ -153,9 +153,9 @@ def test_a_context_is_computed_once_for_all_that_is_scored_behind_it(max_batch_t
         loop.add(seq_id, Arrival(alike(11, 50 + seq_id, 60), 0, score_from=11))
     loop.run()
 
-    # All but the context's last token, whose logits everybody needs, and the texts' last ones, whose logits nobody does.
-    # Without lookahead nobody may be left from the step before, and then what is beyond full blocks is computed again,
-    # once a step.
+    # All but the context's last token, whose logits everybody needs, and the texts' last ones, whose logits nobody
+    # does. Without lookahead nobody may be left from the step before, and then what is beyond full blocks is computed
+    # again, once a step.
     num_again = 6 * 10 - loop.num_hit_tokens
     assert num_again == 0 if lookahead or max_batch_tokens == 64 else num_again <= 2 * loop.num_steps
     assert loop.runner.num_computed_tokens == 12 + 6 * 2 + num_again
