@@ -245,6 +245,30 @@ def test_a_small_job_does_not_wait_for_a_large_ones_end(pooled_folder: Folder) -
     assert {10, 11} < {number for pooled in done for number, _ in pooled}
 
 
+def test_gaps_are_counted_between_steps_but_not_while_there_is_nothing_to_do(pooled_folder: Folder) -> None:
+    engine, text = start(pooled_folder("bert"), max_num_seqs=1), np.arange(5, 25, dtype="<i4").tobytes()
+
+    def gaps(first: int) -> list[float]:
+        for number in range(first, first + 3):
+            engine.add(NewSequence(number, text, 0, (), 0.0, 1.0, 0, 0, 0))
+        frames = [engine.step() for _ in range(3)]
+        return [frame.host_gap_s for frame in frames if frame is not None]
+
+    once, again = gaps(0), gaps(10)
+    engine.add(NewSequence(20, text, 0, (), 0.0, 1.0, 0, 0, 0))
+    engine.add(NewSequence(21, text, 0, (), 0.0, 1.0, 0, 0, 0))
+    engine.step()
+    engine.finish(21, 0)  # nothing is left
+    after_cancelling = gaps(30)
+
+    for found in (once, again, after_cancelling):
+        assert found[0] == 0.0
+        assert found[1] > 0.0
+        assert found[2] > 0.0
+    summary = engine.telemetry.summary()
+    assert (summary["steps"], summary["rows_per_step"]) == (10, 1.0)
+
+
 def test_models_that_do_neither_are_refused_with_the_reason(tmp_path: Path) -> None:
     config = transformers.T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     transformers.T5Model(config).save_pretrained(tmp_path)

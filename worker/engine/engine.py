@@ -184,6 +184,8 @@ class Engine:
 
     def finish(self, seq_id: int, num_kept: int) -> None:
         self.scheduler.finish(seq_id, num_kept)
+        if not self.has_work:
+            self.telemetry.stop()
 
     def change_priority(self, seq_id: int, priority: int) -> None:
         self.scheduler.change_priority(seq_id, priority)

@@ -1,6 +1,7 @@
 """PoolingEngine: the Engine of models that make one vector of a text. A Sequence is whole in one step and then done."""
 
 import logging
+import time
 from collections import deque
 
 import numpy as np
@@ -18,6 +19,7 @@ from worker.engine.pooled_model import PooledModel, load_pooled
 from worker.engine.pooling_runner import PoolingRunner, VectorsHandle
 from worker.engine.ready import environment
 from worker.engine.task import Task
+from worker.engine.telemetry import Telemetry
 from worker.engine.text_attention import choose_text_attention
 from worker.engine.waste import Waste
 
@@ -48,6 +50,7 @@ class PoolingEngine:
         self._refused: list[tuple[int, str]] = []
         self._budget = TokenBudget(self.scheduler.max_batch_tokens, 1)
         self._has_given_way = False
+        self.telemetry = Telemetry()
         self._waste = Waste(pooled.layout)
         self._try_full_step()
 
@@ -115,6 +118,8 @@ class PoolingEngine:
     def finish(self, seq_id: int, num_kept: int) -> None:
         """Nobody wants it any more."""
         self.scheduler.cancel(seq_id)
+        if not self.has_work:
+            self.telemetry.stop()
 
     def change_priority(self, seq_id: int, priority: int) -> None:
         self.scheduler.change_priority(seq_id, priority)
@@ -128,13 +133,19 @@ class PoolingEngine:
         plan, pooled = WholePlan(), []
         if self._in_flight:
             plan, handle = self._in_flight.popleft()
-            pairs = zip(plan.sequences, handle.wait(), strict=True)
+            started = time.perf_counter()
+            vectors = handle.wait()
+            self.telemetry.count_wait(started, is_idle=not self._in_flight)
+            started = time.perf_counter()
+            pairs = zip(plan.sequences, vectors, strict=True)
             pooled = [(seq.seq_id, vector.astype("<f4").tobytes()) for seq, vector in pairs]
             self.scheduler.finish(plan)
             self._budget.step_done()
             self._waste.count(plan.num_scheduled_tokens, plan.num_padding_tokens)
             if not self.has_work:
                 self._waste.report()
+                self.telemetry.stop()
+            self.telemetry.host_s += time.perf_counter() - started
         elif not refused and not has_given_way:
             return None
         return StepFrame(
@@ -149,19 +160,27 @@ class PoolingEngine:
             num_padding_tokens=plan.num_padding_tokens,
             num_rows=len(plan.sequences),
             pooled=pooled,
+            host_gap_s=self.telemetry.take_gap(),
         )
 
     def _launch(self) -> bool:
         """The next step, if there is one that fits."""
+        started = time.perf_counter()
         self.scheduler.max_step_tokens = self._budget.tokens
         plan = self.scheduler.schedule()
         if plan is None:
             return False
+        begun = time.perf_counter()
         try:
-            self._in_flight.append((plan, self.runner.launch(plan)))
+            handle = self.runner.launch(plan)
         except torch.OutOfMemoryError:
             self._give_way(plan)
             return False
+        if handle.done is not None:
+            begun = time.perf_counter()  # a GPU has it from now on; a CPU was at it meanwhile
+        self._in_flight.append((plan, handle))
+        num_tokens, num_padding = plan.num_scheduled_tokens, plan.num_padding_tokens
+        self.telemetry.count_launch(started, begun, len(plan.sequences), num_tokens, num_padding, is_captured=False)
         return True
 
     def _give_way(self, plan: WholePlan) -> None:
