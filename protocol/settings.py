@@ -105,7 +105,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     memory_fraction: float = 0.90
     """Part of the GPU's memory for weights, activations and KV cache together."""
     max_batch_tokens: int | None = None
-    """Tokens per step at most; unset: 16384 on CUDA, 2048 on a CPU, 8192 where it embeds or classifies."""
+    """Tokens per step at most; unset: about 16,384 on CUDA, 2048 on a CPU, 8192 where it embeds or classifies."""
     max_num_seqs: int | None = None
     """Sequences running at once at most; unset: 1024 on CUDA, 256 on a CPU."""
     admission: Literal["auto", "headroom", "peak"] = "auto"

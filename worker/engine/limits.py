@@ -6,13 +6,16 @@ import torch
 
 from protocol.errors import ConfigurationError
 from protocol.settings import EngineSettings
+from worker.engine.kernels.multiprocessors import num_multiprocessors
 
 #: (Sequences, tokens) of a step. A GPU reads its weights once for all rows, so more rows are nearly free; a CPU's cache
-#: would not hold them, and a call would wait long for the end of such a step.
+#: would not hold them, and a call would wait long for the end of such a step. A GPU's tokens are rounded: see below.
 _GPU = (1024, 16_384)
 _CPU = (256, 2048)
 #: Where texts must be whole in their step, the longest decides.
 _CPU_WHOLE = (256, 8192)
+#: Rows of the tiles in which GPUs compute products.
+_TILE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +26,23 @@ class Limits:
 
 def step_limits(settings: EngineSettings, device: torch.device, *, is_whole: bool = False) -> Limits:
     """`is_whole`: texts are not cut into pieces."""
-    on_cpu = _CPU_WHOLE if is_whole else _CPU
-    num_seqs, num_tokens = _GPU if device.type == "cuda" else on_cpu
+    if device.type == "cuda":
+        num_seqs, num_tokens = _GPU[0], _GPU[1] if is_whole else most_tokens(device)
+    else:
+        num_seqs, num_tokens = _CPU_WHOLE if is_whole else _CPU
     max_batch_tokens = num_tokens if settings.max_batch_tokens is None else settings.max_batch_tokens
     max_num_seqs = num_seqs if settings.max_num_seqs is None else settings.max_num_seqs
     return Limits(min(max_num_seqs, max_batch_tokens), max_batch_tokens)
+
+
+def most_tokens(device: torch.device) -> int:
+    """Of a GPU's step where nothing is set: a row of tiles for each multiprocessor, or some.
+
+    Then they end together, whatever the number of columns is. Of 128 rows of 16 tiles, 132 multiprocessors would do 15
+    rounds and half a one.
+    """
+    round_tokens = _TILE * num_multiprocessors(device)
+    return round_tokens * max(round(_GPU[1] / round_tokens), 1)
 
 
 def check_limits(settings: EngineSettings) -> None:

@@ -15,12 +15,13 @@ from protocol.errors import ConfigurationError
 from protocol.frames import NewSequence, StepFrame
 from protocol.settings import EngineSettings
 from worker.engine.engine import Engine
+from worker.engine.limits import most_tokens
 from worker.engine.loader import LoadedModel, load_model
 from worker.engine.model_files import resolve_folder
 from worker.engine.task import choose_task
 
-#: Limits that are tried: (Sequences, tokens) of a step.
-GPU_LIMITS = ([128, 256, 512, 1024], [4096, 8192, 16_384])
+#: Limits that are tried: (Sequences, tokens) of a step; on a GPU what it takes if nothing is set as well.
+GPU_LIMITS = ([128, 256, 512, 1024], [4096, 8192])
 CPU_LIMITS = ([16, 64, 256], [512, 2048, 8192])
 #: Of two that give nearly as many tokens, the one that answers sooner is better.
 _NEARLY = 0.98
@@ -61,7 +62,10 @@ class Tuner:
     @property
     def limits(self) -> tuple[list[int], list[int]]:
         """(Sequences, tokens) that are worth trying here."""
-        return GPU_LIMITS if self.is_cuda else CPU_LIMITS
+        if not self.is_cuda:
+            return CPU_LIMITS
+        num_seqs, num_tokens = GPU_LIMITS
+        return num_seqs, [*num_tokens, most_tokens(self._loaded.device)]
 
     def measure(self, max_num_seqs: int, max_batch_tokens: int, seconds: float, num_tokens: int) -> Point:
         """Prompts and outputs of `num_tokens` on average, for so many seconds after the rows are full or nearly so."""
