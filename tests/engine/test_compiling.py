@@ -39,7 +39,8 @@ def test_compiled_layers_give_the_same_text_from_one_compilation(
 
     assert outputs[0] == outputs[1]
     assert caplog.text.count("layers compiled in") == 1, "another engine of the model finds them compiled"
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3, "of layers, last norm and rotary embedding"
+    assert "norm and rotary_emb beside them" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own

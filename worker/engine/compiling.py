@@ -1,12 +1,13 @@
 """Compiling: the model's layers through torch.compile, one at a time, with the number of tokens left open.
 
-All layers of a kind run the same code, so it is compiled once for all of them and all lengths, and what is between the
-layers stays as it is. Attention is opaque to the compiler: see `attention`.
+All layers of a kind run the same code, so it is compiled once for all of them and all lengths. So are the modules
+beside them, such as the last norm and the rotary embedding, each alone; what is between all these stays as it is.
+Attention is opaque to the compiler: see `attention`.
 """
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +44,6 @@ def compile_layers(loaded: LoadedModel) -> bool:
             if isinstance(number := getattr(module, "layer_idx", None), int):
                 # On the CPU, where it is read without asking the device.
                 module.register_buffer(LAYER_BUFFER, torch.tensor(number, device="cpu"), persistent=False)
-        layer.compile(dynamic=True, fullgraph=True, options=options)
     started = time.perf_counter()
     num_tokens = _GPU_TOKENS if loaded.device.type == "cuda" else _CPU_TOKENS
     tokens = probe_tokens(model, model.config.get_text_config(), num_tokens)
@@ -51,16 +51,28 @@ def compile_layers(loaded: LoadedModel) -> bool:
     # many tokens as, say, a hidden state has numbers it would compile for this number of them alone, and once more for
     # whatever comes next.
     tokens = tokens[: len(tokens) - 1 + len(tokens) % 2]
-    try:
-        with attention.running(WholeStep()), choosing():
-            model(input_ids=tokens.unsqueeze(0), use_cache=False)
-    # torch's own errors are RuntimeErrors, but the one of layers that are of more kinds than it compiles.
-    except (RuntimeError, TypeError, AttributeError, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-        for layer in layers:
-            layer._compiled_call_impl = None
-        log.warning("layers run uncompiled: %s", " ".join(str(error).split("\n")[:2]))
+
+    def obstacle(modules: Iterable[nn.Module]) -> str | None:
+        """Why these cannot be compiled, if they cannot; then they run as they are."""
+        for module in modules:
+            module.compile(dynamic=True, fullgraph=True, options=options)
+        try:
+            with attention.running(WholeStep()), choosing():
+                model(input_ids=tokens.unsqueeze(0), use_cache=False)
+        # torch's own errors are RuntimeErrors, but the one of layers that are of more kinds than it compiles.
+        except (RuntimeError, TypeError, AttributeError, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            for module in modules:
+                module._compiled_call_impl = None
+            return " ".join(str(error).split("\n")[:2])
+        return None
+
+    if (reason := obstacle(layers)) is not None:
+        log.warning("layers run uncompiled: %s", reason)
         return False
-    log.info("layers compiled in %.1f s", time.perf_counter() - started)
+    names = [name for name, module in _beside(model, layers) if obstacle([module]) is None]
+    log.info(
+        "layers compiled in %.1f s, %s beside them", time.perf_counter() - started, " and ".join(names) or "nothing"
+    )
     return True
 
 
@@ -78,3 +90,14 @@ def _layers(model: Any, num_layers: int) -> nn.ModuleList | None:
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
     numbered = [m for m in found if all(any(hasattr(x, "layer_idx") for x in layer.modules()) for layer in m)]
     return numbered[0] if len(numbered) == 1 else None
+
+
+def _beside(model: Any, layers: nn.ModuleList) -> list[tuple[str, nn.Module]]:
+    """What computes between embedding and head, and is no layer."""
+    parent = next(module for module in model.modules() if any(child is layers for child in module.children()))
+    nothing_to_fuse = (nn.Embedding, nn.Linear, nn.Dropout, nn.Identity)
+    return [
+        (name, module)
+        for name, module in parent.named_children()
+        if module is not layers and not isinstance(module, nothing_to_fuse)
+    ]
