@@ -21,7 +21,7 @@ from worker.engine.kernels.multiprocessors import num_multiprocessors
 from worker.engine.kernels.plain import GATE_BLOCK
 
 #: A tile's tokens, outputs and inputs at a time, and rows of tiles that are computed at the same time.
-_TOKENS, _OUTPUTS, _INPUTS, _GROUP = 128, 2 * GATE_BLOCK, 64, 16
+_TOKENS, _OUTPUTS, _INPUTS, _GROUP = 128, 2 * GATE_BLOCK, 64, 12
 #: Outputs per program of the activation alone.
 _PIECE = 1024
 
