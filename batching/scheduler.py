@@ -374,7 +374,8 @@ class Scheduler:
         self._contexts.renew(plan.admitted)
 
     def _has_prompt(self, seq: Sequence) -> bool:
-        return seq.state is SequenceState.RUNNING and seq.num_computed >= seq.num_prompt_tokens
+        """But for its last token, which everybody computes, or nobody."""
+        return seq.state is SequenceState.RUNNING and seq.num_computed >= seq.num_prompt_tokens - 1
 
     def _publish(self, seq: Sequence, num_tokens: int) -> None:
         """Name the full blocks among the first `num_tokens`, as far as they are written and known."""

@@ -92,6 +92,18 @@ def test_samples_share_one_prefill_and_differ_from_its_last_token_on(
 
 
 @LOOKAHEADS
+@pytest.mark.parametrize("prefix_reuse", [True, False])
+def test_samples_that_are_only_scored_share_one_prefill_too(prefix_reuse: bool, lookahead: int) -> None:
+    loop = Loop(roomy(lookahead=lookahead, prefix_reuse=prefix_reuse))
+    loop.add(0, Arrival(alike(12), 0, score_from=11, num_samples=4))
+    loop.run()
+
+    assert len(loop.finished) == 4
+    assert loop.num_steps == 2, "all the others together, not one after the other"
+    assert not lookahead or loop.num_hit_tokens == 3 * 10  # else the first has ended by then
+
+
+@LOOKAHEADS
 def test_when_the_sample_that_computes_the_prompt_is_cancelled_another_one_does(lookahead: int) -> None:
     for num_steps in range(6):
         loop = Loop(roomy(lookahead=lookahead, max_batch_tokens=8, max_num_seqs=3))
