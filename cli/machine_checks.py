@@ -131,9 +131,10 @@ def check_model(settings: Settings) -> Iterator[Finding]:
     from worker.engine.checkpoint import check_checkpoint
     from worker.engine.dtypes import choose_dtype
     from worker.engine.loader import choose_device
-    from worker.engine.memory import available_bytes, check_memory, weight_bytes
+    from worker.engine.memory import available_bytes, check_memory, quantization_before, weight_bytes
     from worker.engine.model_files import local_folder
     from worker.engine.quantizing import check_quantization
+    from worker.engine.task import choose_task
     from worker.text import Tokenizer
 
     folder = local_folder(engine.model, engine.revision)
@@ -146,13 +147,17 @@ def check_model(settings: Settings) -> Iterator[Finding]:
     device = choose_device(engine)
     dtype = choose_dtype(engine, device, folder)
     check_quantization(engine.quantization, device, dtype)
-    quantization = engine.quantization if device.type == "cuda" else "none"
+    task = choose_task(folder, engine)
+    quantization = quantization_before(device, engine, task)
     needed, available = weight_bytes(folder, dtype, quantization), available_bytes(device, engine)
-    check_memory(folder, device, dtype, engine, quantization)
+    check_memory(folder, device, dtype, engine, task)
+    kept = "" if engine.quantization == "none" else f", quantized to {engine.quantization}"
+    if quantization != engine.quantization:
+        kept = f", before they are quantized to {engine.quantization}"
     yield ok(
         "model",
         f"{folder}, served as {settings.served_model}: weights take {shown_bytes(needed)} of "
-        f"{shown_bytes(available)} on {device} in {_shown_dtype(dtype)}",
+        f"{shown_bytes(available)} on {device} in {_shown_dtype(dtype)}{kept}",
     )
 
 

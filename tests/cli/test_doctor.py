@@ -83,8 +83,9 @@ def test_the_lines_on_attention_and_model_are_about_the_model_that_is_given(mill
     save_file({"embeddings.weight": torch.zeros(2, 2)}, encoder / "model.safetensors")
     shutil.copytree(MODEL, broken)
 
-    def said(model: str | Path) -> tuple[str, str, str]:
-        lines = found(millrace("doctor", model, "--json", broker_url=CLOSED, engine_device="cpu"))
+    def said(model: str | Path, quantization: str = "none") -> tuple[str, str, str]:
+        settings = {"engine_device": "cpu", "engine_quantization": quantization}
+        lines = found(millrace("doctor", model, "--json", broker_url=CLOSED, **settings))
         return lines["attention"]["facts"], lines["model"]["state"], lines["model"]["facts"]
 
     attention, state, facts = said(encoder)
@@ -92,6 +93,8 @@ def test_the_lines_on_attention_and_model_are_about_the_model_that_is_given(mill
     assert facts.startswith(f"{encoder} has no tokenizer that can be loaded")
     attention, state, facts = said(broken)
     assert (attention, state) == ("sparse in float32", "ok")
+    assert facts.endswith(" on cpu in float32")
+    assert said(broken, "float8")[2] == f"{facts}, before they are quantized to float8"
     unknown = "sparse in float32, as far as can be said without the model"
     for name in ("nobody/no-such-model", "no-such-folder"):
         assert said(name)[:2] == (unknown, "warning")

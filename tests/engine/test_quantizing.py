@@ -18,9 +18,10 @@ from tests.engine import pooled_families
 from tests.engine.families import FAMILIES
 from tests.engine.pooled_families import plain_embedding
 from tests.engine.reference import build_model, drive, new_sequence, random_prompts, reference_of, settings_for
-from worker.engine import memory, quantizing
+from worker.engine import memory, pooled_model, quantizing
 from worker.engine.engine import Engine
 from worker.engine.loader import adopt, load_model
+from worker.engine.pooled_model import load_pooled
 from worker.engine.pooling_engine import PoolingEngine
 from worker.engine.quantizing import FORMATS, QuantizedLinear, check_quantization
 
@@ -150,9 +151,16 @@ def test_weights_are_counted_as_they_will_be_quantized(
     assert memory.weight_bytes(folder, dtype, "int8") == sum(x.nbytes for x in (*loaded.model.parameters(), *scales))
 
     monkeypatch.setattr(memory, "available_bytes", lambda device, settings: num_bytes - 1)
-    memory.check_memory(folder, cuda, dtype, EngineSettings(), "int8")
+    memory.check_memory(folder, cuda, dtype, EngineSettings(quantization="int8"))
     with pytest.raises(ConfigurationError, match=r"in bfloat16, and .* on cuda:0.*quantization=int8 or float8"):
         memory.check_memory(folder, cuda, dtype, EngineSettings())
+    # Models that embed are quantized where they run, so it is no way out for them, be it taken or not.
+    for quantization in ("none", "int8"):
+        monkeypatch.setattr(pooled_model, "take_device", lambda settings: cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        with pytest.raises(ConfigurationError, match=r"in bfloat16, and .* on cuda:0") as refusal:
+            load_pooled(folder, "embed", EngineSettings(quantization=quantization, pooling="last"))
+        assert "quantization" not in str(refusal.value)
 
 
 def test_the_fingerprint_tells_what_is_rounded(model_folder: Callable[[str], Path]) -> None:

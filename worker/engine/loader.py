@@ -94,7 +94,7 @@ def load_model(folder: Path, settings: EngineSettings) -> LoadedModel:
     check_quantization(settings.quantization, device, dtype)
     attention.register()
     config = read_config(folder, _SUPPORTED)
-    check_memory(folder, device, dtype, settings, settings.quantization if device.type == "cuda" else "none")
+    check_memory(folder, device, dtype, settings)
     model = read_model(AutoModelForCausalLM, folder, config, dtype, attention.NAME, _SUPPORTED)
     if settings.quantization == "none" or _fits_unquantized(folder, device, dtype, settings):
         model = model.to(device)

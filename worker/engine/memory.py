@@ -40,9 +40,10 @@ class StoredTensor:
 
 
 def check_memory(
-    folder: Path, device: torch.device, dtype: torch.dtype, settings: EngineSettings, quantization: str = "none"
+    folder: Path, device: torch.device, dtype: torch.dtype, settings: EngineSettings, task: str = "generate"
 ) -> None:
-    """Raises ConfigurationError when the weights alone, quantized so, are more than what is free."""
+    """Raises ConfigurationError when the weights alone, as they come to the device, are more than what is free."""
+    quantization = quantization_before(device, settings, task)
     needed = weight_bytes(folder, dtype, quantization)
     available = available_bytes(device, settings)
     kept = str(dtype).removeprefix("torch.") + ("" if quantization == "none" else f", quantized to {quantization}")
@@ -51,13 +52,18 @@ def check_memory(
         return
     smaller = dtype.itemsize > 2
     half = f", engine.dtype=bfloat16 (then {needed * 2 / dtype.itemsize / _GIB:.2f} GiB)" if smaller else ""
-    if device.type == "cuda" and not smaller and quantization == "none":
+    if device.type == "cuda" and task == "generate" and not smaller and quantization == "none":
         half = f", engine.quantization=int8 or float8 (then {weight_bytes(folder, dtype, 'int8') / _GIB:.2f} GiB)"
     raise ConfigurationError(
         f"the weights in {folder} take {needed / _GIB:.2f} GiB in {kept}, and "
         f"{available / _GIB:.2f} GiB are available on {device}{_fraction(device, settings)}: use a device with more "
         f"memory{half} or a smaller model"
     )
+
+
+def quantization_before(device: torch.device, settings: EngineSettings, task: str) -> str:
+    """How weights are quantized on their way to the device, if need be: for other tasks they are once they are there."""
+    return settings.quantization if device.type == "cuda" and task == "generate" else "none"
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype, quantization: str = "none") -> int:

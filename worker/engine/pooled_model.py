@@ -122,7 +122,7 @@ def load_pooled(folder: Path, task: Task, settings: EngineSettings) -> PooledMod
     text_attention.register()
     config = read_config(folder, _SUPPORTED)
     stated = read_pooling(folder, settings) if task == "embed" else StatedPooling()
-    check_memory(folder, device, dtype, settings)
+    check_memory(folder, device, dtype, settings, task)
     auto_class = AutoModel if task == "embed" else AutoModelForSequenceClassification
     # What an encoder was trained with on top of its first token is no part of its embeddings.
     unused = ("pooler.",) if task == "embed" else ()
