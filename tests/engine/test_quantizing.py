@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from protocol.errors import ConfigurationError
 from protocol.settings import EngineSettings
 from tests.engine import pooled_families
-from tests.engine.families import FAMILIES
+from tests.engine.families import FAMILIES, Family
 from tests.engine.pooled_families import plain_embedding
 from tests.engine.reference import build_model, drive, new_sequence, random_prompts, reference_of, settings_for
 from worker.engine import memory, pooled_model, quantizing
@@ -161,6 +161,19 @@ def test_weights_are_counted_as_they_will_be_quantized(
         with pytest.raises(ConfigurationError, match=r"in bfloat16, and .* on cuda:0") as refusal:
             load_pooled(folder, "embed", EngineSettings(quantization=quantization, pooling="last"))
         assert "quantization" not in str(refusal.value)
+
+
+def test_experts_are_counted_as_they_are_since_they_stay_so(tmp_path: Path) -> None:
+    fields = {**FAMILIES["llama"].fields, "num_local_experts": 4}
+    Family("MixtralConfig", fields).build().save_pretrained(tmp_path)
+    stored = [tensor for tensor in memory.stored_tensors(tmp_path) if "experts" in tensor.name]
+    assert len(stored) == 2 * 4 * 3, "one by one"
+    loaded = load_model(tmp_path, settings_for(tmp_path, quantization="int8", dtype="bfloat16"))
+
+    quantized = [m for m in loaded.model.modules() if isinstance(m, QuantizedLinear)]
+    num_bytes = sum(x.nbytes for x in (*loaded.model.parameters(), *(m.scale for m in quantized)))
+    assert quantized
+    assert memory.weight_bytes(tmp_path, torch.bfloat16, "int8") == num_bytes
 
 
 def test_the_fingerprint_tells_what_is_rounded(model_folder: Callable[[str], Path]) -> None:

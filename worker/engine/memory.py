@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _GIB = 1 << 30
 _FRAGMENTS = 0.05
 #: A safetensors header longer than this is no header.
 _MAX_HEADER_BYTES = 1 << 27
+#: Part of the names of weights that are matrices in files alone: transformers makes one tensor of all experts.
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def check_memory(
 
 
 def quantization_before(device: torch.device, settings: EngineSettings, task: str) -> str:
-    """How weights are quantized on their way to the device, if need be: for other tasks they are once they are there."""
+    """How weights are quantized on their way to the device, if need be; for other tasks that comes after it."""
     return settings.quantization if device.type == "cuda" and task == "generate" else "none"
 
 
@@ -71,7 +74,8 @@ def weight_bytes(folder: Path, dtype: torch.dtype, quantization: str = "none") -
 
     def num_bytes(tensor: StoredTensor) -> int:
         is_matrix = len(tensor.shape) == 2 and not any(size % MULTIPLE for size in tensor.shape)
-        if quantization != "none" and is_matrix and LAYER.search(tensor.name):
+        is_linear = is_matrix and LAYER.search(tensor.name) and not _EXPERT.search(tensor.name)
+        if quantization != "none" and is_linear:
             return tensor.num_elements + tensor.shape[0] * torch.float32.itemsize
         return tensor.num_elements * dtype.itemsize
 
