@@ -38,6 +38,18 @@ def test_scores_equal_their_twin(vocab_size: int, dtype: torch.dtype) -> None:
     assert without[2].shape == without[3].shape == (6, 0)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_nothing_is_before_what_is_no_number() -> None:
+    logits = torch.randn(4, 300)
+    # As GPUs and CPUs write it, and those whose neighbours are -0 and -inf.
+    logits[:, 7] = torch.tensor([0x7FFFFFFF, 0x7FC00000, -0x400000, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
+
+    logprobs, ranks, _, _ = score_tokens(logits, torch.full((4,), 7), 0)
+
+    assert torch.isnan(logprobs).all()
+    assert ranks.tolist() == [1] * 4
+
+
 def hard_rows(vocab_size: int, dtype: torch.dtype) -> Tensor:
     """(10, V), whose best tokens are hard to tell apart or lie together."""
     logits = torch.randn(10, vocab_size) * 3

@@ -109,9 +109,10 @@ def _group_sums(x, num: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _next_above(x):
-    """The least float32 that is greater; nothing is as great as what comes after infinity."""
+    """The least float32 that is greater; nothing is as great as what comes after infinity, or after no number."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)  # no negative zero
-    return tl.where(bits < 0, bits - 1, bits + 1).to(tl.float32, bitcast=True)
+    above = tl.where(bits < 0, bits - 1, bits + 1).to(tl.float32, bitcast=True)
+    return tl.where(x == x, above, x)  # of the bits of what is none, the next ones may be a number's
 
 
 @triton.jit
