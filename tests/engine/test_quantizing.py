@@ -201,7 +201,7 @@ def test_a_model_without_a_linear_that_fits_is_refused() -> None:
     fields = {**FAMILIES["llama"].fields, "hidden_size": 40, "num_attention_heads": 4, "head_dim": 8}
     model = replace(FAMILIES["llama"], fields=fields).build()
 
-    with pytest.raises(ConfigurationError, match=r"quantization='int8', but this model of type 'llama'.*use none"):
+    with pytest.raises(ConfigurationError, match=r"'int8', but this model of type 'llama' has no list of 2 layers.*"):
         adopt(model, EngineSettings(device="cpu", quantization="int8"))
 
 

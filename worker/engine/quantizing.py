@@ -128,8 +128,8 @@ def quantize_linears(model: Any, config: Any, quantization: str, device: torch.d
             num_bytes += quantized.weight.nbytes + quantized.scale.nbytes
     if not replaced:
         raise ConfigurationError(
-            f"engine.quantization={quantization!r}, but this model of type {config.model_type!r} has no linear layers "
-            f"whose sizes are multiples of {MULTIPLE}: use none"
+            f"engine.quantization={quantization!r}, but this model of type {config.model_type!r} has no list of "
+            f"{config.num_hidden_layers} layers with linear ones whose sizes are multiples of {MULTIPLE}: use none"
         )
     names = " and ".join(sorted(replaced))
     sizes = f"{num_bytes_before / 2**30:.2f} GiB become {num_bytes / 2**30:.2f}"
