@@ -64,6 +64,8 @@ def check_masks(model: Any, config: Any, max_model_len: int) -> None:
     model.set_attn_implementation(_NAME)
     try:
         model(input_ids=ids.unsqueeze(0), use_cache=False)
+    except torch.OutOfMemoryError:
+        raise  # it says nothing of masks
     except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise ConfigurationError(f"it does more with its masks than hand them on: {error}") from error
     finally:
