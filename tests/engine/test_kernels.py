@@ -169,9 +169,12 @@ def test_scores_compile_for_hopper_a_few_times_for_all_numbers_of_best_tokens(dt
     for kernel in found:
         assert kernel.spilled_bytes == 0
         assert ".v4.b32" in kernel.ptx  # 16 bytes at a time
-    # As many rows are scored beside each other as without best tokens, and all of a piece are searched at once.
+    # Of a multiprocessor's registers at least three rows have enough beside each other, with best tokens and without,
+    # and all rows of a piece are searched at once.
     without, scores, search = found[:3]
-    assert 65_536 // (256 * scores.num_registers) >= 65_536 // (256 * without.num_registers)
+    assert min(65_536 // (256 * kernel.num_registers) for kernel in (without, scores)) >= (
+        3 if dtype.itemsize > 2 else 4
+    )
     assert 65_536 // (32 * search.num_registers) >= 1280 / 132
 
 
