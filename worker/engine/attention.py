@@ -11,7 +11,7 @@ size, N blocks, B block size, M blocks per table.
 import importlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -158,10 +158,13 @@ def register() -> None:
     register_as(NAME, _attend_in_step)
 
 
-def register_as(name: str, attend: Attend, keyword: str | None = None) -> None:
+def register_as(
+    name: str, attend: Attend, keyword: str | None = None, make_mask: Callable[..., Tensor] | None = None
+) -> None:
     """Make `attn_implementation=name` known to transformers; `keyword` is one that the model's forward carries to it.
 
-    It must have no mask function under that name, so that transformers builds no mask at all.
+    What `make_mask` makes is carried in its place. Without it there must be no mask function under that name, so that
+    transformers builds no mask at all.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -178,11 +181,16 @@ def register_as(name: str, attend: Attend, keyword: str | None = None) -> None:
         **others: Any,
     ) -> tuple[Tensor, None]:
         carried = None if keyword is None else others.pop(keyword, None)
+        if make_mask is not None:
+            carried, attention_mask = attention_mask, None
         terms = terms_of(module, query, attention_mask, scaling, sliding_window, softcap, others)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return attend(module, q, k, v, terms, carried).unsqueeze(0), None
 
-    assert name not in ALL_MASK_ATTENTION_FUNCTIONS
+    if make_mask is None:
+        assert name not in ALL_MASK_ATTENTION_FUNCTIONS
+    else:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, make_mask)
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     _registered.add(name)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from protocol.errors import ConfigurationError
 from worker.engine import attention
-from worker.engine.attention import terms_of
+from worker.engine.attention import AttentionTerms
 from worker.engine.backends.sdpa import attend_causally
 from worker.engine.probe import probe_tokens
 
@@ -26,41 +26,26 @@ _MOST_PLACES = 1 << 20
 @torch.inference_mode()
 def check_masks(model: Any, config: Any, max_model_len: int) -> None:
     """Raises ConfigurationError for a layer whose mask is not the one that its window and causality make."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     ids = probe_tokens(model, config)
     last = min(max_model_len, _MOST_PLACES) - 1
     queries = torch.tensor([[0], [last // 2], [last]], device=ids.device)  # (Q, 1)
     keys = torch.arange(last + 1, device=ids.device)[None]  # (1, L)
+    causal = keys <= queries
 
     def mask(*_: Any, mask_function: Any, **others: Any) -> Tensor:
         seen: Tensor = mask_function(0, 0, queries, keys)
         return seen.expand(len(queries), keys.shape[1])[None, None]
 
     def attend(
-        module: nn.Module,
-        query: Tensor,  # (1, H, T, E)
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        **others: Any,
-    ) -> tuple[Tensor, None]:
-        terms = terms_of(module, query, None, scaling, sliding_window, softcap, others)
-        expected = keys <= queries
-        if terms.window is not None:
-            expected = expected & (keys > queries - terms.window)
-        if attention_mask is not None and not torch.equal(attention_mask[0, 0], expected):
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms, carried: Tensor | None
+    ) -> Tensor:
+        expected = causal if terms.window is None else causal & (keys > queries - terms.window)
+        if carried is not None and not torch.equal(carried[0, 0], expected):
             layer = getattr(module, "layer_idx", "?")
             raise ConfigurationError(f"layer {layer} looks less far, or elsewhere, than it asks its attention to")
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return attend_causally(q, k, v, terms).unsqueeze(0), None
+        return attend_causally(query, key, value, terms)
 
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, mask)
+    attention.register_as(_NAME, attend, make_mask=mask)
     model.set_attn_implementation(_NAME)
     try:
         model(input_ids=ids.unsqueeze(0), use_cache=False)
